@@ -1,0 +1,39 @@
+"""Composable weight-decomposition adapters for plain PyTorch: any wrapper with any generator, to any depth.
+
+Example:
+    >>> import torch
+    >>> from adapterzoo import MAP, AdaLoRA, AdaptedLinear
+    >>> layer = AdaptedLinear(torch.nn.Linear(64, 32), MAP(AdaLoRA(r=16)), seed=0)
+    >>> layer(torch.randn(4, 64)).shape
+    torch.Size([4, 32])
+"""
+
+from adapterzoo.compositions import AdaLoMAP as AdaLoMAP
+from adapterzoo.compositions import FLoMAP as FLoMAP
+from adapterzoo.compositions import LoMAP as LoMAP
+from adapterzoo.compositions import PublishedSORA as PublishedSORA
+from adapterzoo.conditioning import MAP as MAP
+from adapterzoo.conditioning import SORA as SORA
+from adapterzoo.conditioning import DoRA as DoRA
+from adapterzoo.conditioning import PreDiag as PreDiag
+from adapterzoo.layer import AdaptedLinear as AdaptedLinear
+from adapterzoo.methods import AdaLoRA as AdaLoRA
+from adapterzoo.methods import FLoRA as FLoRA
+from adapterzoo.methods import Full as Full
+from adapterzoo.methods import LoRA as LoRA
+from adapterzoo.plan import Plan as Plan
+from adapterzoo.registry import composition as composition
+from adapterzoo.registry import from_json as from_json
+from adapterzoo.registry import parse as parse
+from adapterzoo.registry import register as register
+from adapterzoo.registry import to_json as to_json
+from adapterzoo.surgery import adapt as adapt
+from adapterzoo.surgery import adapted_layers as adapted_layers
+from adapterzoo.surgery import disabled as disabled
+from adapterzoo.surgery import merge as merge
+from adapterzoo.surgery import refresh as refresh
+from adapterzoo.surgery import reset_adapters as reset_adapters
+from adapterzoo.surgery import unload as unload
+from adapterzoo.surgery import unmerge as unmerge
+
+__version__ = "0.1.0"

@@ -1,0 +1,97 @@
+"""The one module that holds adapter parameters: it mirrors the tree of a spec and knows no piece by name."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from adapterzoo.factored import FactoredWeight
+from adapterzoo.pieces import Generator, Parameters, Piece, Role, Site, Wrapper, initial_values
+
+_FACTORS = frozenset({Role.INPUT_FACTOR, Role.OUTPUT_FACTOR, Role.UPDATE, Role.CORE})
+
+
+class Adapter(nn.Module):
+    """The parameters of one piece, and as `inner` the adapter of what it wraps.
+
+    So the names of parameters follow the composition: MAP(DoRA(LoRA(r=8))) has `alpha`, `beta`, `inner.magnitude`,
+    `inner.inner.A` and `inner.inner.B`.
+
+    Args:
+        spec: a generator or wrapper.
+        site: the layer that it sits on.
+        factor_dtype: dtype of directions and cores; the site's if None. Magnitudes and rotations have the site's.
+    """
+
+    inner: "Adapter | None"
+
+    def __init__(self, spec: Piece, site: Site, factor_dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.spec = spec
+        self.factor_dtype = factor_dtype
+        self.locked = False
+        self.inner = Adapter(spec.inner, site, factor_dtype) if isinstance(spec, Wrapper) else None
+        for name, value in initial_values(spec, replace(site, depth=spec.depth)).items():
+            value = value.to(self._pinned_dtype(name) or value.dtype)
+            if spec.roles[name] is Role.BUFFER:
+                self.register_buffer(name, value)
+            else:
+                self.register_parameter(name, nn.Parameter(value))
+
+    def reset(self, site: Site) -> None:
+        """Set every value of the composition to its initial one, in place."""
+        with torch.no_grad():
+            for name, value in initial_values(self.spec, replace(site, depth=self.spec.depth)).items():
+                self.get_parameter_or_buffer(name).copy_(value)
+        if self.inner is not None:
+            self.inner.reset(site)
+
+    def weight(self, site: Site) -> FactoredWeight:
+        """W' of the composition in normal form, from the parameters as they are now."""
+        values = {name: self.get_parameter_or_buffer(name).to(site.dtype) for name in self.spec.roles}
+        params, site = Parameters(**values), replace(site, depth=self.spec.depth)
+        if isinstance(self.spec, Wrapper) and self.inner is not None:
+            return self.spec.condition(self.inner.weight(site), params, site)
+        assert isinstance(self.spec, Generator)
+        return self.spec.update(params, site)
+
+    def get_parameter_or_buffer(self, name: str) -> Tensor:
+        """The piece's own parameter or buffer of that name."""
+        value = self._parameters.get(name, self._buffers.get(name))
+        assert value is not None
+        return value
+
+    def lock(self, locked: bool) -> None:
+        """Refuse loaded values while the layer is merged; the layer reports the error."""
+        self.locked = locked
+        if self.inner is not None:
+            self.inner.lock(locked)
+
+    def _pinned_dtype(self, name: str) -> torch.dtype | None:
+        return self.factor_dtype if self.spec.roles[name] in _FACTORS else None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move as every module moves, but never below float32: `.half()` moves the base, not what trains."""
+
+        def keep_precision(value: Tensor) -> Tensor:
+            moved = fn(value)
+            if not value.is_floating_point() or moved.dtype == value.dtype:
+                return moved
+            if self.factor_dtype is not None and value.dtype == self.factor_dtype:
+                return value.to(moved.device)
+            return value.to(moved.device, torch.promote_types(moved.dtype, torch.float32))
+
+        for child in self.children():
+            child._apply(fn)
+        return super()._apply(keep_precision, recurse=False)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        if not self.locked:
+            super()._load_from_state_dict(*args, **kwargs)
+
+    def extra_repr(self) -> str:
+        """The piece and the shapes of its own parameters."""
+        shapes = ", ".join(f"{name}: {list(self.get_parameter_or_buffer(name).shape)}" for name in self.spec.roles)
+        return f"{type(self.spec).__name__}, {shapes}"

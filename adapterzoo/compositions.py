@@ -1,0 +1,67 @@
+"""Named compositions: what the literature gives a name of its own, as thin functions that return a spec."""
+
+from adapterzoo.conditioning import MAP, SORA, PreDiag
+from adapterzoo.methods import AdaLoRA, FLoRA, LoRA
+from adapterzoo.registry import composition
+
+
+@composition
+def LoMAP(r: int = 8, alpha: float | None = None, dropout: float = 0.0) -> MAP:
+    """MAP over LoRA: W' = α W/‖W‖_F + β BA/‖BA‖_F.
+
+    Example:
+        >>> from adapterzoo import LoMAP
+        >>> LoMAP(r=4)
+        MAP(LoRA(r=4))
+
+    Source:
+        arXiv 2505.23094, eq. 4. Its norm cancels LoRA's scale alpha / r above MAP's floor.
+    """
+    return MAP(LoRA(r=r, alpha=alpha, dropout=dropout))
+
+
+@composition
+def AdaLoMAP(r: int = 8, alpha: float | None = None, dropout: float = 0.0) -> MAP:
+    """MAP over AdaLoRA.
+
+    Example:
+        >>> from adapterzoo import AdaLoMAP
+        >>> AdaLoMAP(r=4)
+        MAP(AdaLoRA(r=4))
+
+    Source:
+        arXiv 2505.23094, Table 4.
+    """
+    return MAP(AdaLoRA(r=r, alpha=alpha, dropout=dropout))
+
+
+@composition
+def FLoMAP(r: int | tuple[int, int] = 8, scale: float = 1.0, dropout: float = 0.0) -> MAP:
+    """MAP over FLoRA.
+
+    Example:
+        >>> from adapterzoo import FLoMAP
+        >>> FLoMAP(r=(4, 2))
+        MAP(FLoRA(r=(4, 2)))
+
+    Source:
+        arXiv 2505.23094, Table 4.
+    """
+    return MAP(FLoRA(r=r, scale=scale, dropout=dropout))
+
+
+@composition
+def PublishedSORA(r: int = 16, alpha: float | None = 32, rank: int = 4, dropout: float = 0.0) -> SORA:
+    """SORA as its published code computes it: (I + P)(diag(d) W + s B A), P damped.
+
+    Equal to the published forward on layers without bias; the published code also scales and rotates the bias.
+
+    Example:
+        >>> from adapterzoo import PublishedSORA
+        >>> PublishedSORA()
+        SORA(PreDiag(LoRA(r=16, alpha=32)), rank=4, map='first_order', damping=1)
+
+    Source:
+        arXiv 2511.00051 and its public code.
+    """
+    return SORA(PreDiag(LoRA(r=r, alpha=alpha, dropout=dropout)), rank=rank, map="first_order", damping=1.0)

@@ -1,0 +1,6 @@
+"""Wrappers: pieces that condition magnitude and direction. One file each."""
+
+from adapterzoo.conditioning.dora import DoRA as DoRA
+from adapterzoo.conditioning.map import MAP as MAP
+from adapterzoo.conditioning.prediag import PreDiag as PreDiag
+from adapterzoo.conditioning.sora import SORA as SORA

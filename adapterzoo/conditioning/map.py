@@ -1,0 +1,62 @@
+"""MAP: two trained lengths, one for the base and one for the update, taken as vectors."""
+
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from adapterzoo.factored import FactoredWeight
+from adapterzoo.pieces import Parameters, Role, Site, Wrapper
+from adapterzoo.registry import register
+
+_LITERAL_FLOOR = 1e-6
+
+
+@register
+class MAP(Wrapper):
+    """Magnitude and direction of whole matrices: W' = α W / ‖W‖_F + β Δ / ‖Δ‖_F, with Δ = W_inner − W.
+
+    At the start Δ = 0, and the paper does not say what 0 / 0 is. Here ‖Δ‖_F has a floor of ε‖W‖_F: below it MAP is the
+    linear gain β / (ε‖W‖_F), so the start is exact and its gradient finite; above it the equation holds exactly.
+
+    Shapes:
+        alpha (α): [1], ‖W‖_F; beta (β): [1], one.
+
+    Args:
+        inner: the generator or wrapper whose update is Δ.
+        floor: ε > 0; or "literal" for the paper's start, an absolute floor of 1e-6.
+
+    Raises:
+        SpecError: floor is not a positive number or "literal".
+
+    Example:
+        >>> from adapterzoo import MAP, AdaLoRA
+        >>> MAP(AdaLoRA(r=16), floor="literal")
+        MAP(AdaLoRA(r=16), floor='literal')
+
+    Source:
+        arXiv 2505.23094, eq. 4; α = ‖W‖_F and β = 1 at the start, both trained jointly with Δ.
+
+    Deviations:
+        The floor. With an absolute floor of 1e-6 the first gradient is about 1e6 times LoRA's, and plain AdamW stays
+        stuck (docs/pieces/map.md shows both). If W = 0 the base term is left as it is and the floor is ε itself.
+    """
+
+    roles: ClassVar[Mapping[str, Role]] = {"alpha": Role.MAGNITUDE, "beta": Role.MAGNITUDE}
+
+    floor: Annotated[float, Field(gt=0)] | Literal["literal"] = Field(default=1e-2)
+
+    def init(self, site: Site) -> Mapping[str, Tensor]:
+        """α = ‖W‖_F, β = 1."""
+        return {"alpha": site.frobenius_norm(), "beta": site.ones(1)}
+
+    def condition(self, inner: FactoredWeight, params: Parameters, site: Site) -> FactoredWeight:
+        """δ ← (a − 1) + b δ, U ← b U with a = α / ‖W‖_F, b = β / max(‖Δ‖_F, floor)."""
+        size = site.frobenius_norm()
+        lives = size > 0
+        size = torch.where(lives, size, 1)
+        base_gain = torch.where(lives, params.alpha / size, 1)
+        floor = torch.full_like(size, _LITERAL_FLOOR) if self.floor == "literal" else self.floor * size
+        return inner.mix(base_gain, params.beta / torch.maximum(inner.update_norm(), floor))

@@ -1,0 +1,43 @@
+"""Pre-Diag: calibrate the rows of the base before the update is added."""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from torch import Tensor
+
+from adapterzoo.factored import FactoredWeight
+from adapterzoo.pieces import Parameters, Role, Site, Wrapper
+from adapterzoo.registry import register
+
+
+@register
+class PreDiag(Wrapper):
+    """Diagonal calibration before the sum: W' = diag(d) W + Δ, with Δ = W_inner − W.
+
+    Shapes:
+        diag (d): [out], one.
+
+    Args:
+        inner: the generator or wrapper whose update is added.
+
+    Example:
+        >>> from adapterzoo import LoRA, PreDiag
+        >>> PreDiag(LoRA(r=4))
+        PreDiag(LoRA(r=4))
+
+    Source:
+        arXiv 2511.00051 (Pre-Diag): d acts on output rows, before the update is added.
+
+    Deviations:
+        The bias is left alone; the published code scales it by d in forward and forgets it in merge.
+    """
+
+    roles: ClassVar[Mapping[str, Role]] = {"diag": Role.MAGNITUDE}
+
+    def init(self, site: Site) -> Mapping[str, Tensor]:
+        """d = 1."""
+        return {"diag": site.ones(site.out_features)}
+
+    def condition(self, inner: FactoredWeight, params: Parameters, site: Site) -> FactoredWeight:
+        """δ ← δ + (d − 1)."""
+        return inner.calibrate_base(params.diag - 1)

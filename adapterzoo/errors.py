@@ -1,0 +1,102 @@
+"""Errors as sentences: each class takes values and says where, what was asked, what would be valid, how to mend it."""
+
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+
+
+class AdapterError(Exception):
+    """Root of every error that adapterzoo raises on purpose."""
+
+
+class SpecError(AdapterError, ValueError):
+    """A spec (the description of an adapter) says something that no adapter can be."""
+
+
+class UnknownPieceError(SpecError):
+    """A name that is in no registry.
+
+    Args:
+        name: what was asked for.
+        known: every name that would be valid.
+    """
+
+    def __init__(self, name: str, known: Iterable[str]) -> None:
+        names = sorted(known)
+        super().__init__(f"unknown piece {name!r}; known pieces: {', '.join(names)}{did_you_mean(name, names)}")
+
+
+class PieceError(AdapterError, TypeError):
+    """A piece breaks the contract of pieces: the fault lies with its author, not with its user."""
+
+
+class MisfitError(AdapterError, ValueError):
+    """A spec that is valid by itself does not fit the layer it is meant for.
+
+    Args:
+        layer: name of the layer, "" for a layer that stands alone.
+        shape: (out_features, in_features).
+        spec: the spec, as text.
+        problem: what does not fit and what would.
+    """
+
+    def __init__(self, layer: str, shape: tuple[int, int], spec: str, problem: str) -> None:
+        super().__init__(f"{where(layer)} (out={shape[0]}, in={shape[1]}) cannot take {spec}: {problem}")
+
+
+class UnsupportedLayerError(AdapterError, TypeError):
+    """A module that no adapter can stand in for.
+
+    Args:
+        layer: name of the module.
+        kind: its class.
+        problem: why, and what to do.
+    """
+
+    def __init__(self, layer: str, kind: str, problem: str) -> None:
+        super().__init__(f"{where(layer)} is a {kind} and can't be adapted: {problem}")
+
+
+class TargetError(AdapterError, ValueError):
+    """A target, an exclusion or a `train` entry that can't be honoured. Nothing was changed."""
+
+
+class MergedError(AdapterError, RuntimeError):
+    """An operation that the merged (or not merged) state of a layer forbids. Nothing was changed."""
+
+
+class UninitialisedError(AdapterError, RuntimeError):
+    """An adapter that was allocated on the meta device and never initialised.
+
+    Args:
+        layer: name of the layer.
+    """
+
+    def __init__(self, layer: str) -> None:
+        super().__init__(
+            f"{where(layer)} was adapted on the meta device and holds no values yet: materialise it "
+            "(model.to_empty(device=...)), load the base weights, then call "
+            "adapterzoo.reset_adapters(model, seed=...)"
+        )
+
+
+class UnfrozenBaseWarning(UserWarning):
+    """The base weight of an adapted layer trains, so its norms are computed anew, with gradient, at every call."""
+
+
+def where(layer: str) -> str:
+    """Name a layer in a sentence."""
+    return f"layer {layer!r}" if layer else "this layer"
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The nearest known name as the tail of a sentence, or nothing."""
+    names = {candidate.lower(): candidate for candidate in known}
+    near = get_close_matches(name.lower(), list(names), n=1, cutoff=0.5)
+    return f"; did you mean {names[near[0]]!r}?" if near else ""
+
+
+def listing(lines: Sequence[str], limit: int = 12) -> str:
+    """Several findings as an indented list, the tail counted instead of shown."""
+    shown = [f"\n  - {line}" for line in lines[:limit]]
+    rest = len(lines) - limit
+    return "".join(shown) + (f"\n  - ... and {rest} more" if rest > 0 else "")

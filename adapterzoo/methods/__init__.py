@@ -1,0 +1,6 @@
+"""Generators: pieces that propose an update. One file each."""
+
+from adapterzoo.methods.adalora import AdaLoRA as AdaLoRA
+from adapterzoo.methods.flora import FLoRA as FLoRA
+from adapterzoo.methods.full import Full as Full
+from adapterzoo.methods.lora import LoRA as LoRA

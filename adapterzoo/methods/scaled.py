@@ -1,0 +1,36 @@
+"""What generators of one rank have in common: a rank, alpha, dropout and the scale alpha / r."""
+
+from typing import Any, ClassVar
+
+from pydantic import Field, model_validator
+
+from adapterzoo.pieces import Generator
+
+
+class RankScaled(Generator):
+    """A generator with one rank r and the scale s = alpha / r, where alpha is r if not given. Abstract."""
+
+    always_shown: ClassVar[frozenset[str]] = frozenset({"r"})
+
+    r: int = Field(default=8, ge=1)
+    alpha: float | None = Field(default=None, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _alpha_is_the_rank(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """Resolve alpha=None, so that LoRA(r=8) and LoRA(r=8, alpha=8) are the same spec."""
+        rank = fields.get("r", cls.model_fields["r"].default)
+        if fields.get("alpha") is None and type(rank) is int and rank > 0:
+            return {**fields, "alpha": float(rank)}
+        return fields
+
+    @property
+    def scale(self) -> float:
+        """s = alpha / r, with the spec's r for ever."""
+        return (self.alpha or self.r) / self.r
+
+    def misfit(self, out_features: int, in_features: int) -> str | None:
+        """1 ≤ r ≤ min(out, in)."""
+        largest = min(out_features, in_features)
+        return f"r={self.r} is above min(out, in) = {largest}" if self.r > largest else None

@@ -1,0 +1,288 @@
+"""What a piece is: a frozen spec with pure functions; and what a piece may know of its layer."""
+
+import hashlib
+import math
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError
+from torch import Tensor
+
+from adapterzoo.base import Base, safe_sqrt
+from adapterzoo.errors import PieceError, SpecError, did_you_mean
+from adapterzoo.factored import FactoredWeight, RightFactor
+
+
+class Role(StrEnum):
+    """What a parameter does. Parameter groups, dtypes and schedules go by role, never by a parameter's name."""
+
+    INPUT_FACTOR = "direction.input"
+    """A factor that reads the input: LoRA's A, FLoRA's B."""
+    OUTPUT_FACTOR = "direction.output"
+    """A factor that writes the output: LoRA's B, FLoRA's A."""
+    UPDATE = "direction.dense"
+    """A whole update: Full's delta."""
+    CORE = "core"
+    """What stands between two factors: AdaLoRA's singular values, FLoRA's core."""
+    MAGNITUDE = "magnitude"
+    """A length or gain: DoRA's magnitude, MAP's alpha and beta, PreDiag's diagonal."""
+    ROTATION = "rotation"
+    """A generator of a rotation: SORA's C and D."""
+    BUFFER = "buffer"
+    """State that no gradient trains: AdaLoRA's mask."""
+
+
+Parameters = SimpleNamespace
+"""The values of one piece's own parameters, by name: `params.A`."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """What a piece may know of the layer it sits on.
+
+    Args:
+        base: the frozen weight, through its four calls.
+        dtype: the dtype that factors are built in: the base's, but at least float32.
+        layer: name of the layer in its model, "" if it stands alone.
+        seed: the user's seed.
+        depth: where the piece stands in the composition, counted from the generator (0).
+    """
+
+    base: Base
+    dtype: torch.dtype
+    layer: str = ""
+    seed: int = 0
+    depth: int = 0
+
+    @property
+    def out_features(self) -> int:
+        """Rows of W."""
+        return self.base.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        """Columns of W."""
+        return self.base.shape[1]
+
+    def row_norms(self) -> Tensor:
+        """‖w_i‖: [out]; equal, bit for bit, to FactoredWeight.row_norms() of a zero update."""
+        return safe_sqrt(self.base.row_norms_sq()).to(self.dtype)
+
+    def frobenius_norm(self) -> Tensor:
+        """‖W‖_F: [1]."""
+        return safe_sqrt(self.base.row_norms_sq().sum()[None]).to(self.dtype)
+
+    def low_rank(self, U: Tensor, V: Tensor, dropout: float = 0.0) -> FactoredWeight:
+        """W + U V, with U: [out, r], V: [r, in] and a dropout probability for the input of V."""
+        return FactoredWeight(self.base, U=U, V=RightFactor(self.base, V), drop_rows=V.shape[0], dropout=dropout)
+
+    def dense_update(self, D: Tensor) -> FactoredWeight:
+        """W + D, with a dense D: [out, in]: for pieces without structure; costs what full fine-tuning costs."""
+        return FactoredWeight(self.base, remainder=D)
+
+    # Initial values. Every parameter has its own random stream, keyed by (seed, layer, depth, parameter) and drawn in
+    # float32 on the CPU: a generator starts equal under every wrapper, dtype and device, and the global generator is
+    # left alone.
+
+    def zeros(self, *shape: int) -> Tensor:
+        """A tensor of zeros."""
+        return torch.zeros(shape, dtype=self.dtype, device=self.base.device)
+
+    def ones(self, *shape: int) -> Tensor:
+        """A tensor of ones."""
+        return torch.ones(shape, dtype=self.dtype, device=self.base.device)
+
+    def normal(self, parameter: str, *shape: int, std: float) -> Tensor:
+        """Draw from N(0, std²), from the parameter's own stream."""
+        if self.base.device.type == "meta":
+            return self.zeros(*shape)
+        draw = torch.empty(shape, dtype=torch.float32).normal_(0.0, std, generator=self._stream(parameter))
+        return draw.to(self.base.device, self.dtype)
+
+    def uniform(self, parameter: str, *shape: int, bound: float) -> Tensor:
+        """Draw from U(−bound, bound), from the parameter's own stream."""
+        if self.base.device.type == "meta":
+            return self.zeros(*shape)
+        draw = torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=self._stream(parameter))
+        return draw.to(self.base.device, self.dtype)
+
+    def kaiming_uniform(self, parameter: str, *shape: int, fan: int) -> Tensor:
+        """Draw as torch.nn.init.kaiming_uniform_(a=√5) does: U(−1/√fan, 1/√fan)."""
+        return self.uniform(parameter, *shape, bound=1 / math.sqrt(max(fan, 1)))
+
+    def _stream(self, parameter: str) -> torch.Generator:
+        key = f"{self.seed}/{self.layer}/{self.depth}/{parameter}".encode()
+        number = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
+        return torch.Generator("cpu").manual_seed(number - 2**63)
+
+
+class Piece(BaseModel):
+    """A generator or a wrapper: a frozen, hashable spec whose functions are pure.
+
+    Equal specs are equal and hash alike, `repr` pastes back, unknown fields are refused, and a bad value is a
+    SpecError that names the field, the value and what would be valid.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    roles: ClassVar[Mapping[str, Role]] = {}
+    """The role of every parameter that `init` makes, by name. Checked."""
+
+    always_shown: ClassVar[frozenset[str]] = frozenset()
+    """Fields that `repr` shows also where they have their default."""
+
+    def __init__(self, *args: Any, **fields: Any) -> None:
+        name = type(self).__name__
+        if args:
+            raise SpecError(_positional(name, args))
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            raise SpecError(_sentences(type(self), fields, error)) from None
+
+    @property
+    @abstractmethod
+    def depth(self) -> int:
+        """How many pieces this one stands on: 0 for a generator."""
+
+    def misfit(self, out_features: int, in_features: int) -> str | None:
+        """Say why this piece itself (not its inside) does not fit a weight [out, in]; None if it fits."""
+        return None
+
+    @abstractmethod
+    def init(self, site: Site) -> Mapping[str, Tensor]:
+        """Make the parameters' initial values, by the names in `roles`."""
+
+    def shown_fields(self) -> dict[str, Any]:
+        """The fields without which the spec would be another one, and those always shown, in order of declaration."""
+        kept = {name: getattr(self, name) for name in type(self).model_fields}
+        for name in [name for name in kept if name not in self.always_shown]:
+            rest = {key: value for key, value in kept.items() if key != name}
+            try:
+                if type(self)(**rest) == self:
+                    kept = rest
+            except SpecError:
+                continue
+        return kept
+
+    def __repr__(self) -> str:
+        fields = self.shown_fields()
+        inside = [repr(fields.pop("inner"))] if "inner" in fields else []
+        return f"{type(self).__name__}({', '.join(inside + [f'{k}={_literal(v)}' for k, v in fields.items()])})"
+
+    __str__ = __repr__
+
+
+class Generator(Piece):
+    """A piece that proposes an update: W' = W + ΔW(θ). Abstract: build LoRA, AdaLoRA, FLoRA, ..."""
+
+    @property
+    def depth(self) -> int:
+        """0: every composition starts at its generator."""
+        return 0
+
+    @abstractmethod
+    def update(self, params: Parameters, site: Site) -> FactoredWeight:
+        """W + ΔW in normal form, from the parameters' values."""
+
+
+class Wrapper(Piece):
+    """A piece that takes W and what its inside made of it, and returns another weight: W' = f(W, W_inner; φ).
+
+    Abstract: build MAP, DoRA, PreDiag, SORA, ... around a generator or around another wrapper.
+    """
+
+    inner: SerializeAsAny[Piece] = Field(kw_only=False)
+    """What is wrapped: a generator or another wrapper."""
+
+    def __init__(self, *args: Any, **fields: Any) -> None:
+        name = type(self).__name__
+        if len(args) > 1:
+            raise SpecError(f"{name} takes one inside; its options are keywords: {_signature(type(self))}")
+        if args and "inner" in fields:
+            raise SpecError(f"{name} got its inside twice, by position and as inner=")
+        fields.update(zip(("inner",), args, strict=False))
+        if "inner" not in fields:
+            raise SpecError(f"{name} wraps something: {name}(LoRA(r=8)), say; it was given no inside")
+        inside = fields["inner"]
+        if isinstance(inside, type) and issubclass(inside, Piece):
+            raise SpecError(f"{name} was given the class {inside.__name__}; build it: {name}({inside.__name__}(...))")
+        if not isinstance(inside, Piece):
+            raise SpecError(f"{name} wraps a generator or a wrapper, not {inside!r} ({type(inside).__name__})")
+        super().__init__(**fields)
+
+    @property
+    def depth(self) -> int:
+        """One more than the inside's."""
+        return self.inner.depth + 1
+
+    @abstractmethod
+    def condition(self, inner: FactoredWeight, params: Parameters, site: Site) -> FactoredWeight:
+        """f(W, W_inner; φ) in normal form, from the inside's normal form and the parameters' values."""
+
+
+def layers_of(spec: Piece) -> list[Piece]:
+    """The pieces of a composition, from the outermost wrapper to the generator."""
+    chain = [spec]
+    while isinstance(chain[-1], Wrapper):
+        chain.append(chain[-1].inner)
+    return chain
+
+
+def misfit(spec: Piece, out_features: int, in_features: int) -> str | None:
+    """Say why a composition does not fit a weight [out, in]; None if it fits."""
+    return next(filter(None, (piece.misfit(out_features, in_features) for piece in layers_of(spec))), None)
+
+
+def initial_values(piece: Piece, site: Site) -> Mapping[str, Tensor]:
+    """The initial values that a piece makes, checked against the roles that it declares.
+
+    Raises:
+        PieceError: the piece made other parameters than it declares; its author has to mend that.
+    """
+    values = piece.init(site)
+    if set(values) != set(piece.roles):
+        raise PieceError(
+            f"{type(piece).__name__}.init made the parameters {sorted(values)}, but its `roles` declare "
+            f"{sorted(piece.roles)}: give every parameter a role, and every role a parameter"
+        )
+    return values
+
+
+def _literal(value: object) -> str:
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+        return str(int(value))
+    return repr(value)
+
+
+def _signature(kind: type[Piece]) -> str:
+    return f"{kind.__name__}({', '.join(kind.model_fields)})"
+
+
+def _positional(name: str, args: tuple[Any, ...]) -> str:
+    if isinstance(args[0], Piece):
+        inside = type(args[0]).__name__
+        return (
+            f"{name} is a generator: it proposes the update and wraps nothing. "
+            f"A composition has its generator innermost: write {inside}({name}(...)) for {inside} around {name}"
+        )
+    return f"{name} takes its options as keywords, such as {name}(r=8); got {args!r} by position"
+
+
+def _sentences(kind: type[Piece], fields: Mapping[str, Any], error: ValidationError) -> str:
+    """Pydantic's findings as sentences that name the field, the value and what is valid."""
+    known = list(kind.model_fields)
+    found: dict[str, list[str]] = {}
+    for item in error.errors(include_url=False):
+        field = str(item["loc"][0]) if item["loc"] else ""
+        if item["type"] == "extra_forbidden":
+            found[f"no field {field!r}"] = [f"its fields are {', '.join(known)}{did_you_mean(field, known)}"]
+        else:
+            valid = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+            found.setdefault(f"{field}={fields.get(field)!r} is not valid", []).append(f"it should be {valid}")
+    return f"{kind.__name__}: " + "; ".join(f"{what}: {', or '.join(dict.fromkeys(why))}" for what, why in found.items())

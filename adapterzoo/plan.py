@@ -1,0 +1,109 @@
+"""What `adapt` did to a model, readable, and a proof that every adapted layer is called."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from adapterzoo.errors import TargetError, listing
+from adapterzoo.layer import AdaptedLinear
+from adapterzoo.pieces import Piece
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """One adapted layer: every name it has, its spec, its shape (out, in) and its trainable parameters."""
+
+    names: tuple[str, ...]
+    spec: Piece
+    shape: tuple[int, int]
+    parameters: int
+
+
+@dataclass(frozen=True)
+class LeftAlone:
+    """One linear layer that was not adapted, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was hit, what was left alone and why, and how many parameters train.
+
+    Args:
+        adapted: the adapted layers.
+        left_alone: the other linear layers.
+        trained: names of other parameters that stay trainable by the user's wish.
+        total_parameters: parameters of the model with its adapters.
+        trainable_parameters: those that train.
+    """
+
+    adapted: tuple[Adapted, ...]
+    left_alone: tuple[LeftAlone, ...]
+    trained: tuple[str, ...]
+    total_parameters: int
+    trainable_parameters: int
+    model: nn.Module = field(repr=False, compare=False)
+
+    def __str__(self) -> str:
+        rows = [("layer", "spec", "out x in", "parameters")]
+        for item in self.adapted:
+            rows.append((" = ".join(item.names), repr(item.spec), f"{item.shape[0]} x {item.shape[1]}", f"{item.parameters:,}"))
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        lines = [
+            "  ".join([*(cell.ljust(width) for cell, width in zip(row[:2], widths, strict=False)),
+                       *(cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=False))])
+            for row in rows
+        ]  # fmt: skip
+        reasons = Counter(item.reason for item in self.left_alone)
+        if reasons:
+            lines += ["", f"left alone: {len(self.left_alone)} linear layers"]
+            for reason, count in reasons.items():
+                names = [item.name for item in self.left_alone if item.reason == reason]
+                shown = ", ".join(names[:4]) + (f", and {count - 4} more" if count > 4 else "")
+                lines.append(f"  {shown}: {reason}")
+        if self.trained:
+            lines += ["", f"trained as they are: {', '.join(self.trained)}"]
+        share = self.trainable_parameters / max(1, self.total_parameters)
+        lines += ["", f"{self.trainable_parameters:,} of {self.total_parameters:,} parameters train ({share:.3%})"]
+        return "\n".join(lines)
+
+    def verify(self, example_input: Any) -> None:
+        """Run the model once, in evaluation and without gradient, and prove that every adapted layer was called.
+
+        Args:
+            example_input: a tensor, a tuple of arguments, or a mapping of keyword arguments.
+
+        Raises:
+            TargetError: a layer that was not called: its adapter would change nothing and get no gradient.
+        """
+        layers = {name: module for name, module in self.model.named_modules() if isinstance(module, AdaptedLinear)}
+        called: set[int] = set()
+        handles = [layer.register_forward_hook(lambda module, *_: called.add(id(module))) for layer in layers.values()]
+        modes = {module: module.training for module in self.model.modules()}
+        try:
+            self.model.eval()
+            with torch.no_grad():
+                _call(self.model, example_input)
+        finally:
+            for handle in handles:
+                handle.remove()
+            for module, training in modes.items():
+                module.training = training
+        idle = [name for name, layer in layers.items() if id(layer) not in called]
+        if idle:
+            raise TargetError(f"{len(idle)} adapted layers were not called by this input:{listing(idle)}")
+
+
+def _call(model: nn.Module, example: Any) -> None:
+    if isinstance(example, Mapping):
+        model(**example)
+    elif isinstance(example, tuple):
+        model(*example)
+    else:
+        model(example)

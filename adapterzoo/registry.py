@@ -1,0 +1,188 @@
+"""Names to pieces: registration, text (`parse`) and JSON. Text is read by a grammar; nothing is ever evaluated."""
+
+import ast
+import json
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from adapterzoo.errors import PieceError, SpecError, UnknownPieceError
+from adapterzoo.pieces import Generator, Piece, Role, Wrapper
+
+SCHEMA = 1
+"""Version of the JSON form of a spec."""
+
+_PIECES: dict[str, type[Piece]] = {}
+_COMPOSITIONS: dict[str, Callable[..., Piece]] = {}
+_LONGEST_TEXT = 10_000
+
+P = TypeVar("P", bound=type[Piece])
+C = TypeVar("C", bound=Callable[..., Piece])
+
+
+def register(kind: P) -> P:
+    """Make a generator or wrapper known by its class name (a class decorator).
+
+    Raises:
+        PieceError: the class is no Generator or Wrapper, lacks a method, declares no roles, or its name is taken.
+    """
+    name = kind.__name__
+    if not (isinstance(kind, type) and issubclass(kind, (Generator, Wrapper))):
+        raise PieceError(f"{name} can't be registered: derive it from adapterzoo.pieces.Generator or Wrapper")
+    missing = sorted(getattr(kind, "__abstractmethods__", ()))
+    if missing:
+        raise PieceError(f"{name} can't be registered: it does not define {', '.join(missing)}")
+    if not kind.roles or not all(isinstance(role, Role) for role in kind.roles.values()):
+        raise PieceError(f"{name} can't be registered: its `roles` must give every parameter a Role")
+    _claim(name, kind)
+    _PIECES[name] = kind
+    return kind
+
+
+def composition(function: C) -> C:
+    """Make a function that returns a spec known to `parse` by its name (a decorator)."""
+    _claim(function.__name__, function)
+    _COMPOSITIONS[function.__name__] = function
+    return function
+
+
+def piece(name: str) -> type[Piece]:
+    """The registered class of that name.
+
+    Raises:
+        UnknownPieceError: no such name; lists the known ones and the nearest.
+    """
+    if name not in _PIECES:
+        raise UnknownPieceError(name, _PIECES)
+    return _PIECES[name]
+
+
+def pieces() -> dict[str, type[Piece]]:
+    """Every registered piece by name."""
+    return dict(_PIECES)
+
+
+def compositions() -> dict[str, Callable[..., Piece]]:
+    """Every registered named composition by name."""
+    return dict(_COMPOSITIONS)
+
+
+def parse(text: str) -> Piece:
+    """Read a spec from text such as `MAP(AdaLoRA(r=16))`, the inverse of `repr`.
+
+    The grammar is: a spec is a name and, in brackets, at most one spec (the inside) and then `field=value` pairs;
+    a value is a number, a string, True, False, None or a tuple of values. Nothing is evaluated.
+
+    Args:
+        text: the spec.
+
+    Returns:
+        The spec.
+
+    Raises:
+        UnknownPieceError: a name that is not registered.
+        SpecError: the text is no spec, or a field has a bad value.
+
+    Example:
+        >>> import adapterzoo as az
+        >>> az.parse("MAP(AdaLoRA(r=16))") == az.MAP(az.AdaLoRA(r=16))
+        True
+    """
+    if not isinstance(text, str):
+        raise SpecError(f"parse reads text such as 'MAP(LoRA(r=8))', not {type(text).__name__}")
+    if len(text) > _LONGEST_TEXT:
+        raise SpecError(f"a spec of {len(text)} characters is refused; the longest is {_LONGEST_TEXT}")
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+        return _read_spec(tree, text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        if isinstance(error, SpecError):
+            raise
+        raise SpecError(f"{_short(text)} is not a spec such as MAP(LoRA(r=8)): {error}") from None
+
+
+def to_json(spec: Piece) -> str:
+    """Write a spec as JSON with its schema version; every field is written, so defaults may change later.
+
+    Example:
+        >>> import adapterzoo as az
+        >>> print(az.to_json(az.PreDiag(az.FLoRA(r=(4, 2)))))
+        {"schema": 1, "piece": "PreDiag", "inner": {"piece": "FLoRA", "r": [4, 2], "scale": 1.0, "dropout": 0.0}}
+    """
+    return json.dumps({"schema": SCHEMA, **_to_tree(spec)})
+
+
+def from_json(text: str) -> Piece:
+    """Read a spec from JSON as `to_json` writes it.
+
+    Raises:
+        UnknownPieceError: a name that is not registered.
+        SpecError: no JSON, another schema version, an unknown field or a bad value.
+    """
+    try:
+        tree = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise SpecError(f"not JSON: {error}") from None
+    if not isinstance(tree, dict) or tree.get("schema") != SCHEMA:
+        found = tree.get("schema") if isinstance(tree, dict) else type(tree).__name__
+        raise SpecError(f"a spec in JSON is an object with \"schema\": {SCHEMA}; found {found!r}")
+    return _from_tree({key: value for key, value in tree.items() if key != "schema"})
+
+
+def _claim(name: str, owner: object) -> None:
+    holder = _PIECES.get(name) or _COMPOSITIONS.get(name)
+    if holder is not None and holder is not owner:
+        raise PieceError(f"the name {name!r} is taken by {holder.__module__}.{name}; choose another")
+
+
+def _read_spec(node: ast.expr, text: str) -> Piece:
+    if isinstance(node, ast.Name):
+        raise SpecError(f"write {node.id}() with brackets in {_short(text)}")
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
+        raise SpecError(f"{_short(_source(node, text))} in {_short(text)} is not a piece such as LoRA(r=8)")
+    name = node.func.id
+    known: dict[str, Callable[..., Piece]] = {**_COMPOSITIONS, **_PIECES}
+    if name not in known:
+        raise UnknownPieceError(name, known)
+    fields: dict[str, Any] = {}
+    for keyword in node.keywords:
+        if keyword.arg is None:
+            raise SpecError(f"** has no place in a spec: {_short(text)}")
+        is_inside = keyword.arg == "inner" and isinstance(keyword.value, ast.Call)
+        fields[keyword.arg] = _read_spec(keyword.value, text) if is_inside else _read_value(keyword.value, text)
+    inside = [_read_spec(argument, text) for argument in node.args]
+    try:
+        return known[name](*inside, **fields)
+    except TypeError as error:  # a named composition given what its function does not take
+        raise SpecError(f"{name}: {error}") from None
+
+
+def _read_value(node: ast.expr, text: str) -> Any:
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        source = _short(_source(node, text))
+        raise SpecError(f"{source} in {_short(text)} is not a number, string, True, False, None or tuple") from None
+
+
+def _source(node: ast.expr, text: str) -> str:
+    return ast.get_source_segment(text.strip(), node) or text
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 80 else text[:77] + "...")
+
+
+def _to_tree(spec: Piece) -> dict[str, Any]:
+    fields = {name: getattr(spec, name) for name in type(spec).model_fields}
+    inside = {"inner": _to_tree(fields.pop("inner"))} if "inner" in fields else {}
+    return {"piece": type(spec).__name__, **inside, **fields}
+
+
+def _from_tree(tree: Any) -> Piece:
+    if not isinstance(tree, dict) or not isinstance(tree.get("piece"), str):
+        raise SpecError(f"a piece in JSON is an object with the key \"piece\"; found {_short(json.dumps(tree))}")
+    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in tree.items()}
+    kind = piece(fields.pop("piece"))
+    if "inner" in fields:
+        fields["inner"] = _from_tree(fields["inner"])
+    return kind(**fields)

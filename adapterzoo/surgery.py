@@ -1,0 +1,253 @@
+"""Operations on whole models: adapt, merge, unmerge, unload, disable. Each one does all of its work or nothing."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from adapterzoo.errors import MergedError, SpecError, TargetError, UnsupportedLayerError, listing
+from adapterzoo.layer import AdaptedLinear, unsupported
+from adapterzoo.pieces import Piece
+from adapterzoo.plan import Adapted, LeftAlone, Plan
+from adapterzoo.targets import ALL_LINEAR, Pattern, Selection, Targets, select
+
+
+def adapt(
+    model: nn.Module,
+    spec: Piece | None = None,
+    targets: Targets = ALL_LINEAR,
+    *,
+    exclude: Sequence[Pattern] = (),
+    train: Sequence[str] = (),
+    seed: int = 0,
+    adapter_dtype: torch.dtype | None = None,
+) -> Plan:
+    """Adapt layers of a model in place, freeze the rest, and say what was done.
+
+    Args:
+        model: any PyTorch model; it is changed in place.
+        spec: what adapts the layers, such as MAP(DoRA(LoRA(r=8))).
+        targets: which layers: "all-linear"; a list of names or tails of names, such as ["q_proj", "v_proj"]; a regular
+            expression for full names; a predicate of (name, module); or an ordered mapping from such a name,
+            expression or "all-linear" to a spec, or to None to leave it alone: the first match wins.
+        exclude: names, tails of names, expressions or predicates of layers to leave alone.
+        train: modules or parameters that stay trainable as they are, such as a new head: ["classifier"].
+        seed: seed of the adapters' initial values; every layer has streams of its own.
+        adapter_dtype: see AdaptedLinear.
+
+    "all-linear" leaves alone, with a reason in the plan: layers with a tied or shared weight, output embeddings of
+    Transformers models, layers kept trainable, the insides of nn.MultiheadAttention, and layers that the spec does not
+    fit. A layer of that kind that is targeted by name is an error.
+
+    Returns:
+        The plan; `print(plan)` shows it.
+
+    Raises:
+        TargetError: an entry that matches nothing or can't be honoured, a layer adapted twice.
+        UnsupportedLayerError: the model is itself a layer to be adapted.
+        SpecError: no spec. In every case nothing was changed.
+
+    Example:
+        >>> import torch
+        >>> from adapterzoo import DoRA, LoRA, adapt
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+        >>> print(adapt(model, DoRA(LoRA(r=2)), exclude=["0"]))
+        layer  spec             out x in  parameters
+        2      DoRA(LoRA(r=2))    4 x 16          44
+        <BLANKLINE>
+        left alone: 1 linear layers
+          0: excluded
+        <BLANKLINE>
+        44 of 256 parameters train (17.188%)
+    """
+    _check_arguments(model, spec, targets)
+    selection = select(model, spec, targets, exclude, train)
+    adapters = {id(p) for layer in adapted_layers(model).values() for p in layer.adapter.parameters()}
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    built: list[AdaptedLinear] = []
+    try:
+        for item, layer_spec in selection.chosen:
+            assert isinstance(item.module, nn.Linear)
+            built.append(
+                AdaptedLinear(item.module, layer_spec, seed=seed, name=item.name, adapter_dtype=adapter_dtype)
+            )
+    except BaseException:
+        for layer in built:
+            layer.release()
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+        raise
+    for parameter in flags:
+        parameter.requires_grad_(id(parameter) in adapters)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in selection.trained:
+            parameter.requires_grad_(True)
+    for layer, (item, _) in zip(built, selection.chosen, strict=True):
+        for name in item.names:
+            _replace(model, name, layer)
+    return _plan(model, built, selection)
+
+
+def merge(model: nn.Module, keep_base: bool = True, base_device: torch.device | str | None = None) -> None:
+    """Put every adapted layer's W' in the place of its weight: all layers or none.
+
+    Args:
+        model: a model with adapted layers.
+        keep_base: keep the base weights, so that `unmerge` gives them back bit for bit; False saves their memory.
+        base_device: where to keep them, such as "cpu".
+
+    Raises:
+        MergedError: a layer that is merged already or whose W' is not finite. Nothing was changed.
+        TargetError: no adapted layer.
+    """
+    layers = list(_layers(model).values())
+    merged = [layer.merged_weight() for layer in layers]
+    for layer, weight in zip(layers, merged, strict=True):
+        layer.commit_merge(weight, keep_base, base_device)
+
+
+def unmerge(model: nn.Module) -> None:
+    """Put every base weight back, bit for bit: all layers or none.
+
+    Raises:
+        MergedError: a layer that is not merged, or that was merged with keep_base=False. Nothing was changed.
+        TargetError: no adapted layer.
+    """
+    layers = list(_layers(model).values())
+    for layer in layers:
+        layer.check_unmergeable()
+    for layer in layers:
+        layer.unmerge()
+
+
+def unload(model: nn.Module, *, merge: bool) -> nn.Module:
+    """Take the adapters off, and give back the same model with plain layers: all layers or none.
+
+    What trains is left as it is: the base stays frozen; `model.requires_grad_(True)` thaws it.
+
+    Args:
+        model: a model with adapted layers, or one AdaptedLinear.
+        merge: True leaves W' in the plain layers, False the base weights.
+
+    Returns:
+        The model itself; for a single AdaptedLinear, its base layer.
+
+    Raises:
+        MergedError: a layer whose W' is not finite, or whose base weight is gone. Nothing was changed.
+        TargetError: no adapted layer.
+    """
+    layers = _layers(model)
+    weights = {name: layer.merged_weight() for name, layer in layers.items() if merge and not layer.merged}
+    for layer in layers.values():
+        if layer.merged and not merge:
+            layer.check_unmergeable()
+    plain: dict[int, nn.Module] = {}
+    for name, layer in layers.items():
+        if name in weights:
+            layer.commit_merge(weights[name], keep_base=False, base_device=None)
+        elif layer.merged and not merge:
+            layer.unmerge()
+        plain[id(layer)] = layer.release()
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if id(module) in plain and name:
+            _replace(model, name, plain[id(module)])
+    return plain.get(id(model), model)
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Run with the base weights, as if nothing were adapted, also while merged.
+
+    Example:
+        >>> import torch
+        >>> from adapterzoo import AdaptedLinear, LoRA, disabled
+        >>> layer = AdaptedLinear(torch.nn.Linear(4, 3), LoRA(r=2))
+        >>> with disabled(layer):
+        ...     _ = layer(torch.ones(4))
+
+    Raises:
+        TargetError: no adapted layer.
+    """
+    before = {layer: layer.disabled for layer in _layers(model).values()}
+    try:
+        for layer in before:
+            layer.disabled = True
+        yield
+    finally:
+        for layer, flag in before.items():
+            layer.disabled = flag
+
+
+def reset_adapters(model: nn.Module, seed: int | None = None) -> None:
+    """Set every adapter to its initial values, from the base weights as they are now.
+
+    After `adapt` on the meta device: `model.to_empty(device=...)`, load the base weights, then call this.
+
+    Args:
+        model: a model with adapted layers.
+        seed: another seed than the one given to `adapt`.
+
+    Raises:
+        MergedError, UninitialisedError: a layer that is merged, or still on the meta device. Nothing was changed.
+        TargetError: no adapted layer.
+    """
+    layers = _layers(model).values()
+    merged = [layer.name for layer in layers if layer.merged]
+    if merged:
+        raise MergedError(f"unmerge before resetting; these layers are merged:{listing(merged)}")
+    meta = [layer for layer in layers if layer.weight.is_meta]
+    for layer in meta or layers:
+        layer.reset(seed)
+
+
+def refresh(model: nn.Module) -> None:
+    """Forget what is kept of the base weights: call it after writing to them through `.data`."""
+    for layer in _layers(model).values():
+        layer.refresh()
+
+
+def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
+    """The adapted layers of a model by name, each once; none is fine."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
+
+
+def _layers(model: nn.Module) -> dict[str, AdaptedLinear]:
+    layers = adapted_layers(model)
+    if not layers:
+        raise TargetError(f"this {type(model).__name__} has no adapted layer; adapt(model, spec) makes them")
+    return layers
+
+
+def _check_arguments(model: nn.Module, spec: Piece | None, targets: Targets) -> None:
+    if not isinstance(model, nn.Module):
+        raise TargetError(f"adapt changes a torch.nn.Module, not {type(model).__name__}")
+    if spec is not None and not isinstance(spec, Piece):
+        shown = f"the class {spec.__name__}; build it: {spec.__name__}(...)" if isinstance(spec, type) else repr(spec)
+        raise SpecError(f"adapt needs a spec such as MAP(LoRA(r=8)), not {shown}")
+    if isinstance(model, (nn.Linear, AdaptedLinear)):
+        problem = unsupported(model) or "adapt changes layers inside a model; for a single layer write AdaptedLinear(layer, spec)"
+        raise UnsupportedLayerError("the model itself", type(model).__name__, problem)
+    if not isinstance(targets, str) and isinstance(targets, Sequence) and "" in targets:
+        raise TargetError("the target '' is the model itself, which can't be replaced; name layers inside it")
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    model.get_submodule(parent)._modules[child] = module
+
+
+def _plan(model: nn.Module, built: list[AdaptedLinear], selection: Selection) -> Plan:
+    parameters = list(model.parameters())
+    return Plan(
+        adapted=tuple(
+            Adapted(item.names, layer.spec, (layer.out_features, layer.in_features),
+                    sum(p.numel() for p in layer.adapter.parameters()))
+            for layer, (item, _) in zip(built, selection.chosen, strict=True)
+        ),
+        left_alone=tuple(LeftAlone(item.name, reason) for item, reason in selection.skipped),
+        trained=tuple(dict.fromkeys(selection.trained.values())),
+        total_parameters=sum(p.numel() for p in parameters),
+        trainable_parameters=sum(p.numel() for p in parameters if p.requires_grad),
+        model=model,
+    )  # fmt: skip

@@ -1,0 +1,284 @@
+"""Which modules of a model a user means: patterns, the modules' names, and the reasons to leave a layer alone."""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from adapterzoo.errors import TargetError, did_you_mean, listing
+from adapterzoo.layer import AdaptedLinear, unsupported
+from adapterzoo.pieces import Piece, misfit
+
+Predicate = Callable[[str, nn.Module], bool]
+Pattern = str | re.Pattern[str] | Predicate
+Targets = Pattern | Sequence[Pattern] | Mapping[str | re.Pattern[str], Piece | None]
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True)
+class Found:
+    """A module and every name that it can be reached by."""
+
+    names: tuple[str, ...]
+    module: nn.Module
+
+    @property
+    def name(self) -> str:
+        """The first of its names."""
+        return self.names[0]
+
+
+def modules_by_name(model: nn.Module) -> list[Found]:
+    """Every module below the root, once, with all its names."""
+    names: dict[int, list[str]] = {}
+    modules: dict[int, nn.Module] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if module is not model:
+            names.setdefault(id(module), []).append(name)
+            modules[id(module)] = module
+    return [Found(tuple(names[key]), module) for key, module in modules.items()]
+
+
+def reads_as_name(text: str, name: str) -> bool:
+    """Whether text is a module's name or the tail of it at a dot: `q_proj` for `layers.0.q_proj`."""
+    return name == text or name.endswith("." + text)
+
+
+def matching(pattern: Pattern, found: Sequence[Found], what: str) -> list[Found]:
+    """The modules that a pattern means.
+
+    A string in a list is a name or the tail of a name. A compiled regular expression has to match a full name. A
+    predicate gets (name, module). Expressions and predicates pass over modules that only hold other modules.
+
+    Raises:
+        TargetError: it matches nothing; names the nearest.
+    """
+    if isinstance(pattern, str):
+        hits = [item for item in found if any(reads_as_name(pattern, name) for name in item.names)]
+    else:
+        leaves = [item for item in found if _is_leaf(item.module)]
+        hits = [item for item in leaves if any(_accepts(pattern, name, item.module) for name in item.names)]
+    if not hits:
+        names = {name for item in found for name in item.names}
+        near = did_you_mean(pattern, names | {name.rpartition(".")[2] for name in names}) if isinstance(pattern, str) else ""
+        raise TargetError(f"{what} {_shown(pattern)} matches no module{near or '; print(model) shows the names'}")
+    return hits
+
+
+def patterns_of(targets: Targets) -> list[Pattern]:
+    """A user's targets as a list of patterns; a plain string other than "all-linear" is a regular expression.
+
+    Raises:
+        TargetError: not a form that targets can have.
+    """
+    if isinstance(targets, str) and targets != ALL_LINEAR:
+        return [_compiled(targets)]
+    if isinstance(targets, (str, re.Pattern)) or callable(targets):
+        return [targets]
+    patterns = list(targets)
+    for pattern in patterns:
+        if not isinstance(pattern, (str, re.Pattern)) and not callable(pattern):
+            raise TargetError(f"a target is a name, a regular expression or a predicate, not {pattern!r}")
+    if not patterns:
+        raise TargetError('targets is empty; "all-linear" means every linear layer')
+    return patterns
+
+
+def mapping_pattern(key: object, found: Sequence[Found]) -> Pattern:
+    """The pattern that a key of a mapping stands for: "all-linear", a name or its tail, else a regular expression."""
+    if isinstance(key, re.Pattern) or key == ALL_LINEAR:
+        return key  # type: ignore[return-value]
+    if not isinstance(key, str):
+        raise TargetError(f"a key of targets is a name or a regular expression, not {key!r}")
+    if any(reads_as_name(key, name) for item in found for name in item.names) or re.fullmatch(r"[\w.\-]+", key):
+        return key
+    return _compiled(key)
+
+
+class Exclusions:
+    """Why a linear layer of this model can't, or should not, be adapted.
+
+    Args:
+        model: the model.
+        found: its modules.
+        trained: names of parameters that stay trainable by the user's wish.
+    """
+
+    def __init__(self, model: nn.Module, found: Sequence[Found], trained: Mapping[str, str]) -> None:
+        self._trained = trained
+        self._owners = _owners_of_weights(model)
+        self._inside_attention = {
+            id(child)
+            for module in model.modules()
+            if isinstance(module, nn.MultiheadAttention)
+            for child in module.modules()
+            if child is not module
+        }
+        self._output_embeddings = _output_embeddings(model)
+
+    def reason(self, item: Found, spec: Piece) -> str | None:
+        """The reason to leave a layer alone; None if it can be adapted."""
+        problem = unsupported(item.module)
+        if problem is not None:
+            return problem
+        module = item.module
+        assert isinstance(module, nn.Linear)
+        for name in item.names:
+            for parameter, entry in self._trained.items():
+                if parameter.startswith(name + "."):
+                    return f"it is kept trainable by train={entry!r}"
+        if id(module) in self._inside_attention:
+            return "nn.MultiheadAttention reads its weight itself, so an adapter would change nothing"
+        sharers = sorted(self._owners[id(module.weight)] - {f"{name}.weight" for name in item.names})
+        if sharers:
+            return f"its weight is tied to {', '.join(sharers)}"
+        if id(module) in self._output_embeddings:
+            return "it is the model's output embedding"
+        return misfit(spec, module.out_features, module.in_features)
+
+
+def trained_parameters(model: nn.Module, found: Sequence[Found], train: Sequence[str]) -> dict[str, str]:
+    """Names of the parameters that `train` keeps trainable, each with the entry that says so.
+
+    Raises:
+        TargetError: an entry that names no module and no parameter.
+    """
+    trained: dict[str, str] = {}
+    parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    for entry in _list_of_names(train, "train"):
+        modules = [name for item in found for name in item.names if reads_as_name(entry, name)]
+        hits = [
+            name for name in parameters
+            if reads_as_name(entry, name) or any(name.startswith(module + ".") for module in modules)
+        ]  # fmt: skip
+        if not hits:
+            near = did_you_mean(entry, {*parameters, *(name for item in found for name in item.names)})
+            raise TargetError(f"train={entry!r} names no module with parameters and no parameter{near}")
+        trained.update(dict.fromkeys(hits, entry))
+    return trained
+
+
+def select(
+    model: nn.Module, spec: Piece | None, targets: Targets, exclude: Sequence[Pattern], train: Sequence[str]
+) -> "Selection":
+    """Decide for every module whether it is adapted, and by what; nothing is changed.
+
+    Raises:
+        TargetError: an entry that can't be honoured; lists all that are wrong at once.
+    """
+    found = modules_by_name(model)
+    trained = trained_parameters(model, found, train)
+    exclusions = Exclusions(model, found, trained)
+    excluded = {id(item.module) for pattern in _exclude_patterns(exclude) for item in matching(pattern, found, "exclude")}
+    chosen: dict[int, tuple[Found, Piece]] = {}
+    skipped: dict[int, tuple[Found, str]] = {
+        id(item.module): (item, "excluded") for item in found if id(item.module) in excluded and _is_linear(item.module)
+    }
+    problems: list[str] = []
+    for pattern, entry_spec in _entries(spec, targets, found):
+        hits = [item for item in found if _is_linear(item.module)] if pattern == ALL_LINEAR else matching(pattern, found, "target")
+        taken = {*chosen, *(key for key in skipped), *excluded}
+        fresh = [item for item in hits if id(item.module) not in taken]
+        if not fresh:
+            raise TargetError(f"target {_shown(pattern)} matches only modules that are excluded or that earlier targets took")
+        for item in fresh:
+            reason = "left alone by targets" if entry_spec is None else exclusions.reason(item, entry_spec)
+            if reason is None and entry_spec is not None:
+                chosen[id(item.module)] = (item, entry_spec)
+            elif entry_spec is None or (pattern == ALL_LINEAR and not isinstance(item.module, AdaptedLinear)):
+                skipped[id(item.module)] = (item, str(reason))
+            else:
+                problems.append(f"{item.name} ({type(item.module).__name__}): {reason}")
+    if problems:
+        raise TargetError(f"these targets can't be adapted, and nothing was changed:{listing(problems)}")
+    if not chosen:
+        reasons = listing([f"{item.name}: {reason}" for item, reason in skipped.values()])
+        raise TargetError(f"no layer is left to adapt{':' + reasons if reasons else ''}")
+    for item in found:
+        if _is_linear(item.module) and id(item.module) not in {*chosen, *skipped}:
+            skipped[id(item.module)] = (item, "not targeted")
+    return Selection(list(chosen.values()), list(skipped.values()), trained)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What `select` decided: layers with their specs, layers left alone with their reasons, trained parameters."""
+
+    chosen: list[tuple[Found, Piece]]
+    skipped: list[tuple[Found, str]]
+    trained: dict[str, str]
+
+
+def _entries(
+    spec: Piece | None, targets: Targets, found: Sequence[Found]
+) -> Iterable[tuple[Pattern, Piece | None]]:
+    if isinstance(targets, Mapping):
+        if spec is not None:
+            raise TargetError("specs stand in the mapping of targets; leave out the spec before it")
+        if not targets:
+            raise TargetError("targets is an empty mapping")
+        return [(mapping_pattern(key, found), value) for key, value in targets.items()]
+    if spec is None:
+        raise TargetError("adapt needs a spec such as MAP(LoRA(r=8)), or a mapping of targets to specs")
+    return [(pattern, spec) for pattern in patterns_of(targets)]
+
+
+def _exclude_patterns(exclude: Sequence[Pattern]) -> list[Pattern]:
+    if isinstance(exclude, str):
+        return [_compiled(exclude)]
+    return patterns_of(exclude) if exclude else []
+
+
+def _list_of_names(names: Sequence[str], what: str) -> list[str]:
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise TargetError(f"{what} is a list of names, such as {what}=['classifier'], not {names!r}")
+    return list(names)
+
+
+def _compiled(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise TargetError(f"{text!r} is not a regular expression: {error}") from None
+
+
+def _accepts(pattern: re.Pattern[str] | Predicate, name: str, module: nn.Module) -> bool:
+    if isinstance(pattern, re.Pattern):
+        return pattern.fullmatch(name) is not None
+    return bool(pattern(name, module))
+
+
+def _shown(pattern: Pattern) -> str:
+    if isinstance(pattern, re.Pattern):
+        text = repr(pattern.pattern)
+        is_name = re.fullmatch(r"[\w.\-]+", pattern.pattern)
+        return f"{text} (read as a regular expression for full names{f'; [{text}] is a name or its tail' if is_name else ''})"
+    return repr(pattern) if isinstance(pattern, str) else f"<{getattr(pattern, '__name__', 'predicate')}>"
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    return isinstance(module, AdaptedLinear) or next(module.children(), None) is None
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, AdaptedLinear))
+
+
+def _owners_of_weights(model: nn.Module) -> dict[int, set[str]]:
+    owners: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), set()).add(name)
+    return owners
+
+
+def _output_embeddings(model: nn.Module) -> set[int]:
+    """Modules that Transformers models name as their output embeddings, of the model and of models inside it."""
+    embeddings = set()
+    for module in model.modules():
+        getter = getattr(module, "get_output_embeddings", None)
+        head = getter() if callable(getter) else None
+        if isinstance(head, nn.Module):
+            embeddings.add(id(head))
+    return embeddings
