@@ -84,8 +84,9 @@ class Adapter(nn.Module):
             return value.to(moved.device, torch.promote_types(moved.dtype, torch.float32))
 
         for child in self.children():
-            child._apply(fn)
-        return super()._apply(keep_precision, recurse=False)
+            child._apply(fn)  # type: ignore[no-untyped-call]
+        super()._apply(keep_precision, recurse=False)  # type: ignore[no-untyped-call]
+        return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         if not self.locked:

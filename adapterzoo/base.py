@@ -176,7 +176,7 @@ class _Apply(torch.autograd.Function):
         ctx.save_for_backward(inputs[0] if inputs[1].requires_grad else None, inputs[1])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
         x, weight = ctx.saved_tensors
         return _ApplyT.apply(grad, weight), None if x is None else _outer(grad, x).to(weight.dtype)  # type: ignore[no-untyped-call]
 
@@ -198,7 +198,7 @@ class _ApplyT(torch.autograd.Function):
         ctx.save_for_backward(inputs[0] if inputs[1].requires_grad else None, inputs[1])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
         y, weight = ctx.saved_tensors
         return _Apply.apply(grad, weight), None if y is None else _outer(y, grad).to(weight.dtype)  # type: ignore[no-untyped-call]
 

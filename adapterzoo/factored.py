@@ -1,6 +1,5 @@
 """The normal form that every composition of generators and wrappers has, and its norms without the matrix."""
 
-
 from dataclasses import dataclass, replace
 
 import torch
@@ -191,5 +190,3 @@ class FactoredWeight:
 
 def _add(left: Tensor, right: Tensor | None) -> Tensor:
     return left if right is None else left + right
-
-

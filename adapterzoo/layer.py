@@ -71,6 +71,9 @@ class AdaptedLinear(nn.Module):
     """
 
     adapter: Adapter
+    base: nn.Linear
+    weight: nn.Parameter
+    bias: nn.Parameter | None
     unmerged_weight: Tensor | None
 
     def __init__(
@@ -279,7 +282,7 @@ class AdaptedLinear(nn.Module):
             )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.unmerged_weight is not None and self._base_device is not None:
             self.unmerged_weight = self.unmerged_weight.to(self._base_device)
         if any(value.is_meta for value in self.adapter.state_dict().values()):

@@ -285,4 +285,6 @@ def _sentences(kind: type[Piece], fields: Mapping[str, Any], error: ValidationEr
         else:
             valid = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
             found.setdefault(f"{field}={fields.get(field)!r} is not valid", []).append(f"it should be {valid}")
-    return f"{kind.__name__}: " + "; ".join(f"{what}: {', or '.join(dict.fromkeys(why))}" for what, why in found.items())
+    return f"{kind.__name__}: " + "; ".join(
+        f"{what}: {', or '.join(dict.fromkeys(why))}" for what, why in found.items()
+    )

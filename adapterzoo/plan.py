@@ -53,7 +53,14 @@ class Plan:
     def __str__(self) -> str:
         rows = [("layer", "spec", "out x in", "parameters")]
         for item in self.adapted:
-            rows.append((" = ".join(item.names), repr(item.spec), f"{item.shape[0]} x {item.shape[1]}", f"{item.parameters:,}"))
+            rows.append(
+                (
+                    " = ".join(item.names),
+                    repr(item.spec),
+                    f"{item.shape[0]} x {item.shape[1]}",
+                    f"{item.parameters:,}",
+                )
+            )
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
         lines = [
             "  ".join([*(cell.ljust(width) for cell, width in zip(row[:2], widths, strict=False)),
@@ -70,7 +77,10 @@ class Plan:
         if self.trained:
             lines += ["", f"trained as they are: {', '.join(self.trained)}"]
         share = self.trainable_parameters / max(1, self.total_parameters)
-        lines += ["", f"{self.trainable_parameters:,} of {self.total_parameters:,} parameters train ({share:.3%})"]
+        lines += [
+            "",
+            f"{self.trainable_parameters:,} of {self.total_parameters:,} parameters train ({share:.3%})",
+        ]
         return "\n".join(lines)
 
     def verify(self, example_input: Any) -> None:

@@ -124,7 +124,7 @@ def from_json(text: str) -> Piece:
         raise SpecError(f"not JSON: {error}") from None
     if not isinstance(tree, dict) or tree.get("schema") != SCHEMA:
         found = tree.get("schema") if isinstance(tree, dict) else type(tree).__name__
-        raise SpecError(f"a spec in JSON is an object with \"schema\": {SCHEMA}; found {found!r}")
+        raise SpecError(f'a spec in JSON is an object with "schema": {SCHEMA}; found {found!r}')
     return _from_tree({key: value for key, value in tree.items() if key != "schema"})
 
 
@@ -180,9 +180,9 @@ def _to_tree(spec: Piece) -> dict[str, Any]:
 
 def _from_tree(tree: Any) -> Piece:
     if not isinstance(tree, dict) or not isinstance(tree.get("piece"), str):
-        raise SpecError(f"a piece in JSON is an object with the key \"piece\"; found {_short(json.dumps(tree))}")
-    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in tree.items()}
-    kind = piece(fields.pop("piece"))
+        raise SpecError(f'a piece in JSON is an object with the key "piece"; found {_short(json.dumps(tree))}')
+    kind = piece(tree["piece"])
+    fields = {name: tuple(v) if isinstance(v, list) else v for name, v in tree.items() if name != "piece"}
     if "inner" in fields:
         fields["inner"] = _from_tree(fields["inner"])
     return kind(**fields)

@@ -69,9 +69,7 @@ def adapt(
     try:
         for item, layer_spec in selection.chosen:
             assert isinstance(item.module, nn.Linear)
-            built.append(
-                AdaptedLinear(item.module, layer_spec, seed=seed, name=item.name, adapter_dtype=adapter_dtype)
-            )
+            built.append(AdaptedLinear(item.module, layer_spec, seed=seed, name=item.name, adapter_dtype=adapter_dtype))
     except BaseException:
         for layer in built:
             layer.release()
@@ -226,7 +224,10 @@ def _check_arguments(model: nn.Module, spec: Piece | None, targets: Targets) -> 
         shown = f"the class {spec.__name__}; build it: {spec.__name__}(...)" if isinstance(spec, type) else repr(spec)
         raise SpecError(f"adapt needs a spec such as MAP(LoRA(r=8)), not {shown}")
     if isinstance(model, (nn.Linear, AdaptedLinear)):
-        problem = unsupported(model) or "adapt changes layers inside a model; for a single layer write AdaptedLinear(layer, spec)"
+        problem = (
+            unsupported(model)
+            or "adapt changes layers inside a model; for a single layer write AdaptedLinear(layer, spec)"
+        )
         raise UnsupportedLayerError("the model itself", type(model).__name__, problem)
     if not isinstance(targets, str) and isinstance(targets, Sequence) and "" in targets:
         raise TargetError("the target '' is the model itself, which can't be replaced; name layers inside it")

@@ -62,7 +62,11 @@ def matching(pattern: Pattern, found: Sequence[Found], what: str) -> list[Found]
         hits = [item for item in leaves if any(_accepts(pattern, name, item.module) for name in item.names)]
     if not hits:
         names = {name for item in found for name in item.names}
-        near = did_you_mean(pattern, names | {name.rpartition(".")[2] for name in names}) if isinstance(pattern, str) else ""
+        near = (
+            did_you_mean(pattern, names | {name.rpartition(".")[2] for name in names})
+            if isinstance(pattern, str)
+            else ""
+        )
         raise TargetError(f"{what} {_shown(pattern)} matches no module{near or '; print(model) shows the names'}")
     return hits
 
@@ -89,7 +93,7 @@ def patterns_of(targets: Targets) -> list[Pattern]:
 def mapping_pattern(key: object, found: Sequence[Found]) -> Pattern:
     """The pattern that a key of a mapping stands for: "all-linear", a name or its tail, else a regular expression."""
     if isinstance(key, re.Pattern) or key == ALL_LINEAR:
-        return key  # type: ignore[return-value]
+        return key
     if not isinstance(key, str):
         raise TargetError(f"a key of targets is a name or a regular expression, not {key!r}")
     if any(reads_as_name(key, name) for item in found for name in item.names) or re.fullmatch(r"[\w.\-]+", key):
@@ -160,48 +164,6 @@ def trained_parameters(model: nn.Module, found: Sequence[Found], train: Sequence
     return trained
 
 
-def select(
-    model: nn.Module, spec: Piece | None, targets: Targets, exclude: Sequence[Pattern], train: Sequence[str]
-) -> "Selection":
-    """Decide for every module whether it is adapted, and by what; nothing is changed.
-
-    Raises:
-        TargetError: an entry that can't be honoured; lists all that are wrong at once.
-    """
-    found = modules_by_name(model)
-    trained = trained_parameters(model, found, train)
-    exclusions = Exclusions(model, found, trained)
-    excluded = {id(item.module) for pattern in _exclude_patterns(exclude) for item in matching(pattern, found, "exclude")}
-    chosen: dict[int, tuple[Found, Piece]] = {}
-    skipped: dict[int, tuple[Found, str]] = {
-        id(item.module): (item, "excluded") for item in found if id(item.module) in excluded and _is_linear(item.module)
-    }
-    problems: list[str] = []
-    for pattern, entry_spec in _entries(spec, targets, found):
-        hits = [item for item in found if _is_linear(item.module)] if pattern == ALL_LINEAR else matching(pattern, found, "target")
-        taken = {*chosen, *(key for key in skipped), *excluded}
-        fresh = [item for item in hits if id(item.module) not in taken]
-        if not fresh:
-            raise TargetError(f"target {_shown(pattern)} matches only modules that are excluded or that earlier targets took")
-        for item in fresh:
-            reason = "left alone by targets" if entry_spec is None else exclusions.reason(item, entry_spec)
-            if reason is None and entry_spec is not None:
-                chosen[id(item.module)] = (item, entry_spec)
-            elif entry_spec is None or (pattern == ALL_LINEAR and not isinstance(item.module, AdaptedLinear)):
-                skipped[id(item.module)] = (item, str(reason))
-            else:
-                problems.append(f"{item.name} ({type(item.module).__name__}): {reason}")
-    if problems:
-        raise TargetError(f"these targets can't be adapted, and nothing was changed:{listing(problems)}")
-    if not chosen:
-        reasons = listing([f"{item.name}: {reason}" for item, reason in skipped.values()])
-        raise TargetError(f"no layer is left to adapt{':' + reasons if reasons else ''}")
-    for item in found:
-        if _is_linear(item.module) and id(item.module) not in {*chosen, *skipped}:
-            skipped[id(item.module)] = (item, "not targeted")
-    return Selection(list(chosen.values()), list(skipped.values()), trained)
-
-
 @dataclass(frozen=True)
 class Selection:
     """What `select` decided: layers with their specs, layers left alone with their reasons, trained parameters."""
@@ -211,9 +173,71 @@ class Selection:
     trained: dict[str, str]
 
 
-def _entries(
-    spec: Piece | None, targets: Targets, found: Sequence[Found]
-) -> Iterable[tuple[Pattern, Piece | None]]:
+def select(
+    model: nn.Module, spec: Piece | None, targets: Targets, exclude: Sequence[Pattern], train: Sequence[str]
+) -> Selection:
+    """Decide for every module whether it is adapted, and by what; nothing is changed.
+
+    Raises:
+        TargetError: entries that can't be honoured, all layers of an entry at once.
+    """
+    found = modules_by_name(model)
+    choice = _Choice(Exclusions(model, found, trained := trained_parameters(model, found, train)))
+    for pattern in _exclude_patterns(exclude):
+        for item in matching(pattern, found, "exclude"):
+            choice.skip(item, "excluded")
+    for pattern, entry_spec in _entries(spec, targets, found):
+        everything = pattern == ALL_LINEAR
+        hits = [item for item in found if _is_linear(item.module)] if everything else matching(pattern, found, "target")
+        fresh = [item for item in hits if id(item.module) not in choice.decided]
+        if not fresh:
+            raise TargetError(
+                f"target {_shown(pattern)} matches only layers that are excluded or taken by earlier targets"
+            )
+        for item in fresh:
+            choice.decide(item, entry_spec, everything)
+    choice.check()
+    for item in found:
+        if _is_linear(item.module) and id(item.module) not in choice.decided:
+            choice.skip(item, "not targeted")
+    return Selection(choice.chosen, [(i, why) for i, why in choice.skipped if _is_linear(i.module)], trained)
+
+
+class _Choice:
+    """Decisions about modules, each taken once."""
+
+    def __init__(self, exclusions: Exclusions) -> None:
+        self._exclusions = exclusions
+        self.decided: set[int] = set()
+        self.chosen: list[tuple[Found, Piece]] = []
+        self.skipped: list[tuple[Found, str]] = []
+        self.problems: list[str] = []
+
+    def skip(self, item: Found, reason: str) -> None:
+        if id(item.module) not in self.decided:
+            self.decided.add(id(item.module))
+            self.skipped.append((item, reason))
+
+    def decide(self, item: Found, spec: Piece | None, everything: bool) -> None:
+        if spec is None:
+            return self.skip(item, "left alone by targets")
+        reason = self._exclusions.reason(item, spec)
+        if reason is None:
+            self.decided.add(id(item.module))
+            return self.chosen.append((item, spec))
+        if everything and not isinstance(item.module, AdaptedLinear):
+            return self.skip(item, reason)
+        return self.problems.append(f"{item.name} ({type(item.module).__name__}): {reason}")
+
+    def check(self) -> None:
+        if self.problems:
+            raise TargetError(f"these targets can't be adapted, and nothing was changed:{listing(self.problems)}")
+        if not self.chosen:
+            reasons = listing([f"{item.name}: {why}" for item, why in self.skipped if _is_linear(item.module)])
+            raise TargetError(f"no layer is left to adapt{':' + reasons if reasons else ''}")
+
+
+def _entries(spec: Piece | None, targets: Targets, found: Sequence[Found]) -> Iterable[tuple[Pattern, Piece | None]]:
     if isinstance(targets, Mapping):
         if spec is not None:
             raise TargetError("specs stand in the mapping of targets; leave out the spec before it")

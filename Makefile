@@ -1,0 +1,46 @@
+# Every target sets up by itself: pip into .venv, with the pinned versions of constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+WORKERS ?= 2
+
+.PHONY: help setup test test-long check format demo figures clean
+
+help:
+	@echo "make demo       a small real ablation: 17 cells on scikit-learn's digits, about 3 minutes"
+	@echo "make test       the tests ($(WORKERS) processes; WORKERS=n for more)"
+	@echo "make test-long  the property tests with ten times the draws"
+	@echo "make check      format, lint, types, doctests"
+	@echo "make figures    the pictures of docs/"
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	@touch $@
+
+test: $(VENV)/.ready
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+test-long: $(VENV)/.ready
+	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+check: $(VENV)/.ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q -p no:cacheprovider --doctest-modules adapterzoo
+
+format: $(VENV)/.ready
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+demo: $(VENV)/.ready
+	$(BIN)/python -m adapterzoo.ablation.demo
+
+figures: $(VENV)/.ready
+	$(BIN)/python docs/figures/map_start.py
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info

@@ -1,0 +1,66 @@
+"""What the demo prints: a table of the cells, and what it can and cannot show."""
+
+import math
+
+import pandas as pd
+from rich import box
+from rich.table import Table
+
+from adapterzoo.ablation.cells import BARE
+
+CAVEATS = """\
+What this can show: that every composition trains, what it costs, and differences that are large beside their \
+intervals. What it cannot: which method is best. It is one small task (200 training images of 5 digits), one pretrained \
+base and one test set of 300 images, on which one image is 0.3 points; the intervals hold none of that, only what varies \
+with the seed (training subset, batch order, new head, first values), and the seeds' subsets overlap. Three seeds leave \
+2 degrees of freedom, so an interval is 2.5 standard deviations to each side and is itself a rough guess: a narrow one may be \
+luck, and cells whose intervals overlap are not told apart. Differences to the bare generator are paired by seed, and \
+there are 12: by chance alone, now and then one of them leaves zero outside. The learning rate is the best of 3 on a single \
+seed's validation set; where it is the smallest or largest tried ("min", "max"), a better one may lie beyond. Trainable \
+parameters differ between the cells of a generator, and times are those of this machine under this load."""
+
+
+def cell_table(summary: pd.DataFrame) -> Table:
+    """The summary as a table; accuracies in per cent."""
+    seeds = summary["seeds"].max()
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        title=f"Digits 5 to 9, test accuracy in %: mean of {seeds} seeds ± half a 95 % t interval",
+        caption="lr: best of 3 on validation, (min)/(max) = at an edge of the 3. vs bare: paired difference in points.\n"
+        "trained: adapter + head parameters. ms: median of a step.",
+    )
+    for name in ("generator", "wrapper"):
+        table.add_column(name, no_wrap=True)
+    for name in ("lr", "accuracy", "vs bare", "trained", "ms"):
+        table.add_column(name, justify="right", no_wrap=True)
+    previous = None
+    for row in summary.to_dict("records"):
+        if previous not in (None, row["generator"]) and row["wrapper"] == BARE:
+            table.add_section()
+        table.add_row(*_cells(row))
+        previous = row["generator"]
+    return table
+
+
+def percent(mean: float, half: float, signed: bool = False) -> str:
+    """Write a share and the half-width of its interval in per cent: 85.3 ± 2.1."""
+    if math.isnan(mean):
+        return ""
+    width = "?" if math.isnan(half) else f"{100 * half:.1f}"
+    return f"{100 * mean:{'+' if signed else ''}.1f} ± {width}"
+
+
+def _cells(row: dict[str, object]) -> list[str]:
+    edge = f" ({row['lr_edge']})" if row["lr_edge"] else ""
+    accuracy = percent(row["test_accuracy"], row["test_accuracy_half_width"])
+    gain = percent(row["gain_over_bare"], row["gain_half_width"], signed=True)
+    return [
+        str(row["generator"]),
+        str(row["wrapper"]),
+        f"{row['lr']:g}{edge}",
+        accuracy,
+        gain,
+        f"{row['adapter_parameters']:,} + {row['head_parameters']:,}",
+        f"{row['ms_per_step']:.1f}",
+    ]

@@ -1,0 +1,56 @@
+"""The identities, on drawn composition trees up to six wrappers deep."""
+
+import properties
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from strategies import cases
+
+DTYPES = (torch.float64, torch.float32)
+
+
+@given(cases(dtypes=(torch.float64, torch.float32, torch.bfloat16)))
+def test_forward_equals_the_dense_reference(case):
+    properties.forward_matches(case)
+
+
+@given(cases(dtypes=DTYPES))
+def test_gradients_equal_the_dense_reference(case):
+    properties.gradients_match(case)
+
+
+@given(cases(dtypes=(torch.float64, torch.float32, torch.bfloat16)))
+def test_merge_keeps_the_forward_and_unmerge_is_exact(case):
+    properties.merge_keeps_forward(case)
+
+
+@given(cases(dtypes=(torch.float64, torch.float32, torch.bfloat16)))
+def test_every_composition_starts_at_the_base_exactly(case):
+    properties.start_is_exact(case)
+
+
+@given(cases(dtypes=DTYPES))
+def test_files_and_text_round_trip(case):
+    properties.files_round_trip(case)
+
+
+@given(cases(dtypes=DTYPES, families=("plain", "zero rows")))
+def test_evaluation_follows_training(case):
+    properties.evaluation_follows_training(case)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(case=cases(dropout=0.5, full=False))
+def test_dropout_is_the_generators_own(case, monkeypatch):
+    with monkeypatch.context() as patch:
+        properties.dropout_is_the_generators_own(case, patch)
+
+
+@given(cases(dropout=0.5, full=False))
+def test_a_zero_update_has_no_dropout(case):
+    properties.zero_update_has_no_dropout(case)
+
+
+@given(cases(dtypes=(torch.float64, torch.float32, torch.bfloat16)))
+def test_draws_do_not_depend_on_wrappers(case):
+    properties.draws_do_not_depend_on_wrappers(case)
