@@ -40,6 +40,11 @@ class Adapter(nn.Module):
             else:
                 self.register_parameter(name, nn.Parameter(value))
 
+    @property
+    def generator(self) -> "Adapter":
+        """The innermost adapter: the generator's own parameters, whatever wraps it."""
+        return self if self.inner is None else self.inner.generator
+
     def reset(self, site: Site) -> None:
         """Set every value of the composition to its initial one, in place."""
         with torch.no_grad():
@@ -51,7 +56,7 @@ class Adapter(nn.Module):
     def weight(self, site: Site) -> FactoredWeight:
         """W' of the composition in normal form, from the parameters as they are now."""
         values = {name: self.get_parameter_or_buffer(name).to(site.dtype) for name in self.spec.roles}
-        params, site = Parameters(**values), replace(site, depth=self.spec.depth)
+        params, site = Parameters(values), replace(site, depth=self.spec.depth)
         if isinstance(self.spec, Wrapper) and self.inner is not None:
             return self.spec.condition(self.inner.weight(site), params, site)
         assert isinstance(self.spec, Generator)

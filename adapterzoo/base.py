@@ -27,8 +27,8 @@ class Base(Protocol):
         """Where W lives."""
         ...
 
-    def apply(self, x: Tensor) -> Tensor:
-        """X Wᵀ: [..., in] -> [..., out]."""
+    def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """X Wᵀ + bias: [..., in] -> [..., out], as the base layer itself computes it."""
         ...
 
     def apply_t(self, y: Tensor) -> Tensor:
@@ -88,10 +88,12 @@ class NormCache:
             # A weight that trains may be changed by fused optimisers, which leave `_version` untouched.
             self.clear()
             return row_norms_sq(weight)
-        if self._bound is None or self._bound() is not weight or weight.is_inference():
+        if self._bound is None or self._bound() is not weight:
             return row_norms_sq(weight)
-        if torch.compiler.is_compiling() and self._value is not None:
-            return self._value
+        if torch.compiler.is_compiling():  # what is frozen into a graph is checked by nobody: only values from before
+            return row_norms_sq(weight) if self._value is None else self._value
+        if weight.is_inference():
+            return row_norms_sq(weight)
         key = (weight.data_ptr(), weight._version, weight.dtype, weight.device)
         if self._value is None or key != self._key:
             with torch.inference_mode(False), torch.no_grad():
@@ -127,11 +129,14 @@ class DenseBase:
         """Where W lives."""
         return self.weight.device
 
-    def apply(self, x: Tensor) -> Tensor:
-        """X Wᵀ: [..., in] -> [..., out]. An x wider than W is never rounded, and W is widened by row blocks."""
-        if _wider(x, self.weight):
+    def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """X Wᵀ + bias: [..., in] -> [..., out], by torch's own linear.
+
+        Without a bias, an x wider than W is never rounded: W is widened by row blocks.
+        """
+        if bias is None and _wider(x, self.weight):
             return _Apply.apply(x, self.weight)  # type: ignore[no-any-return, no-untyped-call]
-        return F.linear(x, self.weight)
+        return F.linear(x, self.weight, bias)
 
     def apply_t(self, y: Tensor) -> Tensor:
         """Y W: [..., out] -> [..., in]. A y wider than W is never rounded, and W is widened by row blocks."""

@@ -24,7 +24,8 @@ def factored_linear(
         y = x Wᵀ + δ∘(x Wᵀ) + (x Vᵀ) Uᵀ + x Dᵀ + bias
 
     The first `drop_rows` rows of V see dropout(x), everything else sees x. The sum is formed in at least float32 and
-    rounded once, to the dtype of x Wᵀ (the autocast dtype under autocast).
+    rounded once, to the dtype of x Wᵀ (the autocast dtype under autocast). Without δ the base product takes the bias
+    along, so that a zero update gives the very bits of the base layer.
 
     Shapes:
         x: [..., in]; W: [out, in]; delta: [out] or [1]; bias: [out]; U: [out, R]; V: [R, in]; remainder: [out, in];
@@ -36,7 +37,7 @@ def factored_linear(
         delta: δ.
         U: left factor of the update.
         V: right factor of the update.
-        bias: the layer's own bias: added once, last, never scaled or rotated.
+        bias: the layer's own bias: added once, never scaled or rotated.
         remainder: D.
         dropout: probability of dropping an input element on the way into the first rows of V; 0 in evaluation.
         drop_rows: how many rows of V that concerns.
@@ -50,20 +51,20 @@ def factored_linear(
     Deviations:
         PEFT's DoRA also drops inside the base term; here the base term never sees dropout.
     """
-    z = base.apply(x)
+    z = base.apply(x, bias if delta is None else None)
     if delta is None and U is None and remainder is None:
-        return z if bias is None else z + bias.to(z.dtype)
+        return z
     with torch.autocast(x.device.type, enabled=False):
         x = x.to(z.dtype)
         y = z.to(torch.promote_types(z.dtype, torch.float32))
-        if delta is not None:
+        if delta is not None:  # not from a product that holds the bias: a large gain would magnify the bias's round-off
             y = torch.addcmul(y, y, delta.to(y.dtype))
         if U is not None and V is not None:
             h = _project(x, V.to(z.dtype), dropout, drop_rows)
             y = y + F.linear(h.to(y.dtype), U.to(y.dtype))
         if remainder is not None:
             y = y + F.linear(x, remainder.to(z.dtype)).to(y.dtype)
-        if bias is not None:
+        if delta is not None and bias is not None:
             y = y + bias.to(y.dtype)
         return y.to(z.dtype)
 

@@ -6,7 +6,6 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
@@ -37,8 +36,16 @@ class Role(StrEnum):
     """State that no gradient trains: AdaLoRA's mask."""
 
 
-Parameters = SimpleNamespace
-"""The values of one piece's own parameters, by name: `params.A`."""
+class Parameters:
+    """The values of one piece's own parameters, by name: `params.A`."""
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        self._values = values
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name not in self._values:
+            raise AttributeError(f"no parameter {name!r}; this piece's roles declare {', '.join(self._values)}")
+        return self._values[name]
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """What `adapt` did to a model, readable, and a proof that every adapted layer is called."""
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +9,7 @@ from torch import nn
 
 from adapterzoo.errors import TargetError, listing
 from adapterzoo.layer import AdaptedLinear
-from adapterzoo.pieces import Piece
+from adapterzoo.pieces import Piece, Role, layers_of
 
 
 @dataclass(frozen=True)
@@ -67,15 +66,17 @@ class Plan:
                        *(cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=False))])
             for row in rows
         ]  # fmt: skip
-        reasons = Counter(item.reason for item in self.left_alone)
+        reasons = dict.fromkeys(item.reason for item in self.left_alone)
         if reasons:
             lines += ["", f"left alone: {len(self.left_alone)} linear layers"]
-            for reason, count in reasons.items():
+            for reason in reasons:
                 names = [item.name for item in self.left_alone if item.reason == reason]
-                shown = ", ".join(names[:4]) + (f", and {count - 4} more" if count > 4 else "")
-                lines.append(f"  {shown}: {reason}")
+                lines.append(f"  {_some(names)}: {reason}")
         if self.trained:
             lines += ["", f"trained as they are: {', '.join(self.trained)}"]
+        dense = [item.names[0] for item in self.adapted if _is_dense(item.spec)]
+        if dense:
+            lines += ["", f"dense: {_some(dense)}: their update is a whole matrix, formed and normed as such"]
         share = self.trainable_parameters / max(1, self.total_parameters)
         lines += [
             "",
@@ -108,6 +109,14 @@ class Plan:
         idle = [name for name, layer in layers.items() if id(layer) not in called]
         if idle:
             raise TargetError(f"{len(idle)} adapted layers were not called by this input:{listing(idle)}")
+
+
+def _is_dense(spec: Piece) -> bool:
+    return any(role is Role.UPDATE for piece in layers_of(spec) for role in piece.roles.values())
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f", and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def _call(model: nn.Module, example: Any) -> None:

@@ -40,6 +40,9 @@ def adapt(
     Transformers models, layers kept trainable, the insides of nn.MultiheadAttention, and layers that the spec does not
     fit. A layer of that kind that is targeted by name is an error.
 
+    The first call freezes everything that it does not adapt or `train`; a later call, for other layers, leaves what
+    trains as it is.
+
     Returns:
         The plan; `print(plan)` shows it.
 
@@ -63,7 +66,7 @@ def adapt(
     """
     _check_arguments(model, spec, targets)
     selection = select(model, spec, targets, exclude, train)
-    adapters = {id(p) for layer in adapted_layers(model).values() for p in layer.adapter.parameters()}
+    first = not adapted_layers(model)
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     built: list[AdaptedLinear] = []
     try:
@@ -76,8 +79,9 @@ def adapt(
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
         raise
-    for parameter in flags:
-        parameter.requires_grad_(id(parameter) in adapters)
+    if first:
+        for parameter in flags:
+            parameter.requires_grad_(False)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if name in selection.trained:
             parameter.requires_grad_(True)
@@ -226,9 +230,9 @@ def _check_arguments(model: nn.Module, spec: Piece | None, targets: Targets) -> 
     if isinstance(model, (nn.Linear, AdaptedLinear)):
         problem = (
             unsupported(model)
-            or "adapt changes layers inside a model; for a single layer write AdaptedLinear(layer, spec)"
+            or "it is the model itself, and adapt changes layers inside a model; write AdaptedLinear(layer, spec)"
         )
-        raise UnsupportedLayerError("the model itself", type(model).__name__, problem)
+        raise UnsupportedLayerError("", type(model).__name__, problem)
     if not isinstance(targets, str) and isinstance(targets, Sequence) and "" in targets:
         raise TargetError("the target '' is the model itself, which can't be replaced; name layers inside it")
 

@@ -124,10 +124,12 @@ class Exclusions:
 
     def reason(self, item: Found, spec: Piece) -> str | None:
         """The reason to leave a layer alone; None if it can be adapted."""
-        problem = unsupported(item.module)
+        module = item.module
+        if not _is_leaf(module) and not isinstance(module, nn.Linear):
+            return f"it holds other modules; for the layers inside it use a regular expression: '{item.name}[.].*'"
+        problem = unsupported(module)
         if problem is not None:
             return problem
-        module = item.module
         assert isinstance(module, nn.Linear)
         for name in item.names:
             for parameter, entry in self._trained.items():
@@ -199,7 +201,7 @@ def select(
     choice.check()
     for item in found:
         if _is_linear(item.module) and id(item.module) not in choice.decided:
-            choice.skip(item, "not targeted")
+            choice.skip(item, "adapted already" if isinstance(item.module, AdaptedLinear) else "not targeted")
     return Selection(choice.chosen, [(i, why) for i, why in choice.skipped if _is_linear(i.module)], trained)
 
 

@@ -1,8 +1,8 @@
 """A small real ablation, from end to end: `python -m adapterzoo.ablation.demo`.
 
 17 cells (a frozen base, full fine-tuning, and {LoRA, AdaLoRA, FLoRA} under no wrapper, MAP, DoRA, PreDiag and
-SORA(PreDiag)) on one task: a transformer pretrained on the digits 0 to 4 is adapted to the digits 5 to 9. For every cell 3
-learning rates are tried on one seed, and the best runs on 3 other seeds: 102 runs.
+SORA(PreDiag)) on one task: a transformer pretrained on the digits 0 to 4 is adapted to the digits 5 to 9. For every cell
+3 learning rates are tried on one seed, and the best of them runs on 3 other seeds: 102 runs.
 """
 
 import argparse
@@ -34,6 +34,8 @@ from adapterzoo.ablation.schedule import (
 from adapterzoo.ablation.summary import summarise
 from adapterzoo.ablation.transformer import pretrain
 from adapterzoo.ablation.trial import Record
+
+FILES = ("results.csv", "summary.csv", "curves.csv", "heatmap.png", "curves.png")
 
 
 class Watch:
@@ -75,7 +77,9 @@ def run_all(cells: Sequence[Cell], workers: int, console: Console) -> tuple[dict
 
 
 def write(done: dict[Job, Record], folder: Path, console: Console) -> None:
-    """Print the table, and write the files."""
+    """Print the table, and write the files; those of an earlier run go, lest the two be mixed."""
+    for name in FILES:
+        (folder / name).unlink(missing_ok=True)
     results, points = results_frame(done), curves_frame(done)
     results.to_csv(folder / "results.csv", index=False)
     if points.empty:

@@ -9,7 +9,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 CLASSES = 5
-TEST, TRAIN, VALIDATION = 300, 200, 200
+TEST, TRAIN, VALIDATION = 300, 200, 300
 
 
 @dataclass(frozen=True)

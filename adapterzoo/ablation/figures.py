@@ -8,11 +8,11 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from adapterzoo.ablation.cells import FROZEN, FULL, GENERATORS, WRAPPERS
+from adapterzoo.ablation.cells import BARE, FROZEN, FULL, GENERATORS, WRAPPERS
 
 # The colours of Okabe and Ito, told apart with every common colour blindness; line styles say it once more.
 STYLES = {
-    "bare": ("#000000", "-"),
+    BARE: ("#000000", "-"),
     "MAP": ("#D55E00", "--"),
     "DoRA": ("#0072B2", "-."),
     "PreDiag": ("#009E73", ":"),
@@ -22,22 +22,20 @@ REFERENCES = {FROZEN: ("#999999", "-"), FULL: ("#999999", "--")}
 
 
 def heatmap(summary: pd.DataFrame, path: Path) -> None:
-    """Mean test accuracy, wrappers by generators, with the two references beside; cells without runs stay white."""
+    """Mean test accuracy, wrappers by generators, with the two references beside; cells without runs stay empty."""
     figure = Figure(figsize=(8.6, 5.2), layout="constrained")
     grid, beside = figure.subplots(1, 2, width_ratios=(3, 1))
     shades = Normalize(100 * summary["test_accuracy"].min(), 100 * summary["test_accuracy"].max())
     cells = summary.set_index(["wrapper", "generator"])
-    _draw_cells(grid, cells, [[(w, g) for g in GENERATORS] for w in WRAPPERS], shades)
-    grid.set_xticks(range(len(GENERATORS)), [f"{text}" for text in GENERATORS.values()])
-    grid.set_yticks(range(len(WRAPPERS)), list(WRAPPERS))
-    _draw_cells(beside, cells, [[("bare", FULL)], [("bare", FROZEN)]], shades)
+    _draw_cells(grid, cells, [[(wrapper, name) for name in GENERATORS] for wrapper in WRAPPERS], shades)
+    grid.set_xticks(range(len(GENERATORS)), list(GENERATORS.values()))
+    grid.set_yticks(range(len(WRAPPERS)), ["bare (no wrapper)", *list(WRAPPERS)[1:]])
+    _draw_cells(beside, cells, [[(BARE, FULL)], [(BARE, FROZEN)]], shades)
     beside.set_xticks([])
     beside.set_yticks((0, 1), ("full\nfine-\ntuning", "frozen,\nhead\nonly"))
     figure.colorbar(ScalarMappable(shades, "cividis"), ax=[grid, beside], label="test accuracy in %", shrink=0.8)
     seeds = summary["seeds"].max()
-    figure.suptitle(
-        f"Digits 5 to 9: test accuracy in %, mean ± half a 95 % t interval (n = {seeds} seeds)", fontsize=11
-    )
+    figure.suptitle(f"Test accuracy in %: mean of n = {seeds} seeds ± half-width of the 95 % t interval")
     figure.savefig(path, dpi=150)
 
 
@@ -47,22 +45,20 @@ def curves(points: pd.DataFrame, path: Path) -> None:
     panels = figure.subplots(1, len(GENERATORS), sharey=True)
     means = 100 * points.groupby(["generator", "wrapper", "step"])["val_accuracy"].mean()
     for panel, (generator, text) in zip(panels, GENERATORS.items(), strict=True):
-        for reference, (colour, line) in REFERENCES.items():
-            _draw_curve(panel, means, (reference, "bare"), reference, colour, line)
-        for wrapper, (colour, line) in STYLES.items():
-            _draw_curve(panel, means, (generator, wrapper), wrapper, colour, line)
+        for reference, style in REFERENCES.items():
+            _draw_curve(panel, means, (reference, BARE), reference, style)
+        for wrapper, style in STYLES.items():
+            _draw_curve(panel, means, (generator, wrapper), wrapper, style)
         panel.set(title=text, xlabel="step")
         panel.grid(alpha=0.25)
     panels[0].set_ylabel("validation accuracy in %")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    figure.suptitle(_curve_title(points), fontsize=11)
-    figure.savefig(path, dpi=150)
-
-
-def _curve_title(points: pd.DataFrame) -> str:
+    lines = {line.get_label(): line for panel in panels for line in panel.get_lines()}
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=len(lines), frameon=False)
     seeds = points["seed"].nunique()
-    return f"Validation accuracy while training: mean of n = {seeds} seeds, each cell at its chosen learning rate"
+    figure.suptitle(
+        f"Validation accuracy while training: mean of n = {seeds} seeds, each cell at its chosen learning rate"
+    )
+    figure.savefig(path, dpi=150)
 
 
 def _draw_cells(axes: Axes, cells: pd.DataFrame, keys: list[list[tuple[str, str]]], shades: Normalize) -> None:
@@ -71,12 +67,13 @@ def _draw_cells(axes: Axes, cells: pd.DataFrame, keys: list[list[tuple[str, str]
     for y, row in enumerate(keys):
         for x, key in enumerate(row):
             half = 100 * cells["test_accuracy_half_width"].get(key, float("nan"))
-            colour = "black" if shades(means[y][x]) > 0.5 else "white"
-            axes.text(x, y, f"{means[y][x]:.1f}\n± {half:.1f}", ha="center", va="center", color=colour)
+            text = f"{means[y][x]:.1f}\n± {half:.1f}" if key in cells.index else "no runs"
+            colour = "white" if shades(means[y][x]) < 0.5 else "black"
+            axes.text(x, y, text, ha="center", va="center", color=colour)
     axes.tick_params(length=0)
 
 
-def _draw_curve(axes: Axes, means: pd.Series, key: tuple[str, str], label: str, colour: str, line: str) -> None:
+def _draw_curve(axes: Axes, means: pd.Series, key: tuple[str, str], label: str, style: tuple[str, str]) -> None:
     if key in means.index.droplevel("step"):
-        series = means[key]
+        series, (colour, line) = means[key], style
         axes.plot(series.index, series.to_numpy(), line, color=colour, label=label, linewidth=1.8)

@@ -1,6 +1,7 @@
 """What the demo prints: a table of the cells, and what it can and cannot show."""
 
 import math
+from typing import Any
 
 import pandas as pd
 from rich import box
@@ -10,14 +11,15 @@ from adapterzoo.ablation.cells import BARE
 
 CAVEATS = """\
 What this can show: that every composition trains, what it costs, and differences that are large beside their \
-intervals. What it cannot: which method is best. It is one small task (200 training images of 5 digits), one pretrained \
-base and one test set of 300 images, on which one image is 0.3 points; the intervals hold none of that, only what varies \
-with the seed (training subset, batch order, new head, first values), and the seeds' subsets overlap. Three seeds leave \
-2 degrees of freedom, so an interval is 2.5 standard deviations to each side and is itself a rough guess: a narrow one may be \
-luck, and cells whose intervals overlap are not told apart. Differences to the bare generator are paired by seed, and \
-there are 12: by chance alone, now and then one of them leaves zero outside. The learning rate is the best of 3 on a single \
-seed's validation set; where it is the smallest or largest tried ("min", "max"), a better one may lie beyond. Trainable \
-parameters differ between the cells of a generator, and times are those of this machine under this load."""
+intervals. What it can't: which method is best. It is one small task (200 training images of 5 digits), one \
+pretrained base and one test set of 300 images, on which one image is 0.3 points. An interval holds nothing of \
+that, nor of the choice of a learning rate: only what varies with the seed (training subset, order of batches, \
+new head, first values), and the seeds' subsets overlap. Three seeds leave 2 degrees of freedom, so an interval \
+is 2.5 standard deviations to each side, and itself a rough guess: a narrow one may be luck. A difference whose \
+interval contains zero is none that this run can see; of 12 differences, one may well leave zero outside by \
+chance. The learning rate is the best of 3 on one seed's validation set; where it is the smallest or largest \
+tried, a better one may lie beyond. The cells of a generator differ in their trainable parameters, and the times \
+are those of this machine under this load."""
 
 
 def cell_table(summary: pd.DataFrame) -> Table:
@@ -26,9 +28,11 @@ def cell_table(summary: pd.DataFrame) -> Table:
     table = Table(
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
-        title=f"Digits 5 to 9, test accuracy in %: mean of {seeds} seeds ± half a 95 % t interval",
-        caption="lr: best of 3 on validation, (min)/(max) = at an edge of the 3. vs bare: paired difference in points.\n"
-        "trained: adapter + head parameters. ms: median of a step.",
+        title=f"Digits 5 to 9: test accuracy in %, mean ± half-width of the 95 % t interval (n = {seeds} seeds)",
+        caption="lr: best of 3 on validation; (min), (max): at an edge of the 3\n"
+        "vs bare: difference to the bare generator in points, paired by seed, with its own interval\n"
+        "trained: adapter + head parameters; ms: median of a step",
+        caption_justify="left",
     )
     for name in ("generator", "wrapper"):
         table.add_column(name, no_wrap=True)
@@ -51,7 +55,7 @@ def percent(mean: float, half: float, signed: bool = False) -> str:
     return f"{100 * mean:{'+' if signed else ''}.1f} ± {width}"
 
 
-def _cells(row: dict[str, object]) -> list[str]:
+def _cells(row: dict[str, Any]) -> list[str]:
     edge = f" ({row['lr_edge']})" if row["lr_edge"] else ""
     accuracy = percent(row["test_accuracy"], row["test_accuracy_half_width"])
     gain = percent(row["gain_over_bare"], row["gain_half_width"], signed=True)

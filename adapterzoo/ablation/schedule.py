@@ -54,17 +54,17 @@ def run_jobs(executor: Executor, work: Work, jobs: Sequence[Job], base: State, t
     done: dict[Job, Record] = {}
     try:
         for job in jobs:
-            futures[executor.submit(work, job, base)] = job
+            try:
+                futures[executor.submit(work, job, base)] = job
+            except BrokenExecutor as error:  # a worker was killed, and the pool takes no more jobs
+                told(job, error)
         for future in as_completed(futures):
             outcome = future.exception() or future.result()
             if isinstance(outcome, Record):
                 done[futures[future]] = outcome
             told(futures[future], outcome)
-    except BrokenExecutor as error:  # a worker died earlier, and the pool takes no more jobs
-        for job in jobs[len(futures) :]:
-            told(job, error)
     except BaseException:
-        executor.shutdown(wait=False, cancel_futures=True)
+        executor.shutdown(cancel_futures=True)
         raise
     return {job: done[job] for job in jobs if job in done}
 

@@ -33,7 +33,8 @@ class Attention(nn.Module):
             for layer in (self.q_proj, self.k_proj, self.v_proj)
         )
         mixed = F.scaled_dot_product_attention(q, k, v)
-        return self.o_proj(rearrange(mixed, "n heads tokens d -> n tokens (heads d)"))  # type: ignore[no-any-return]
+        out: Tensor = self.o_proj(rearrange(mixed, "n heads tokens d -> n tokens (heads d)"))
+        return out
 
 
 class Block(nn.Module):
@@ -48,7 +49,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[n, tokens, width] -> [n, tokens, width]."""
         x = x + self.attention(self.norm1(x))
-        return x + self.down_proj(F.gelu(self.up_proj(self.norm2(x))))  # type: ignore[no-any-return]
+        out: Tensor = x + self.down_proj(F.gelu(self.up_proj(self.norm2(x))))
+        return out
 
 
 class Backbone(nn.Module):
@@ -64,7 +66,8 @@ class Backbone(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """[n, 8, 8] -> [n, width]."""
         patches = rearrange(pixels, "n (y b) (x c) -> n (y x) (b c)", b=PATCH, c=PATCH)
-        return self.norm(self.blocks(self.embed(patches) + self.positions)).mean(dim=1)  # type: ignore[no-any-return]
+        tokens: Tensor = self.norm(self.blocks(self.embed(patches) + self.positions))
+        return tokens.mean(dim=1)
 
 
 class Classifier(nn.Module):
@@ -77,7 +80,8 @@ class Classifier(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """[n, 8, 8] -> [n, classes]."""
-        return self.head(self.backbone(pixels))  # type: ignore[no-any-return]
+        logits: Tensor = self.head(self.backbone(pixels))
+        return logits
 
 
 def new_model(seed: int, base: State | None = None) -> Classifier:

@@ -13,7 +13,7 @@ from adapterzoo.ablation.transformer import Classifier, State, batches, descend,
 from adapterzoo.registry import parse
 from adapterzoo.surgery import adapt
 
-STEPS, BATCH, LOOK_EVERY = 150, 32, 10
+STEPS, BATCH, LOOK_EVERY = 150, 32, 15
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ def score(model: nn.Module, images: Images) -> tuple[float, float]:
     with torch.no_grad():
         logits = model(images.pixels)
     model.train()
-    right = (logits.argmax(dim=1) == images.labels).float().mean()
-    return right.item(), F.cross_entropy(logits, images.labels).item()
+    right = int((logits.argmax(dim=1) == images.labels).sum())
+    return right / len(images), F.cross_entropy(logits, images.labels).item()
 
 
 def trainable(module: nn.Module) -> int:
@@ -89,10 +89,11 @@ def trainable(module: nn.Module) -> int:
 def _train(
     model: Classifier, train: Images, validation: Images, lr: float, seed: int, steps: int
 ) -> tuple[tuple[Point, ...], float]:
-    # No weight decay: it pulls magnitudes and gains, which start at 1 or ‖W‖, towards zero, and factors towards the base.
+    # No weight decay: it pulls factors towards the base, but gains and magnitudes, which start at 1 or ‖W‖, to zero.
     optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
-    curve, seconds = [Point(0, float("nan"), score(model, validation)[0])], []
+    curve: list[Point] = []
+    seconds: list[float] = []
     for step, batch in enumerate(batches(train, BATCH, steps, stream("batches", seed)), start=1):
         start = perf_counter()
         loss = descend(model, batch, optimiser)

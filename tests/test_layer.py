@@ -1,0 +1,439 @@
+"""AdaptedLinear among PyTorch's own machinery: files, copies, dtypes, devices, torch.func, hooks, merged states."""
+
+import copy
+import io
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
+
+import adapterzoo as az
+from adapterzoo import MAP, SORA, AdaLoRA, AdaptedLinear, DoRA, FLoRA, Full, LoRA, PreDiag
+from adapterzoo.errors import MergedError, MisfitError, SpecError, UnfrozenBaseWarning, UninitialisedError, UnsupportedLayerError
+
+DEEP = MAP(DoRA(SORA(PreDiag(LoRA(r=3, alpha=5)), rank=2)))
+
+
+def layer_of(spec=DEEP, dtype=torch.float32, seed=0, bias=True, **options):
+    torch.manual_seed(seed)
+    layer = AdaptedLinear(nn.Linear(7, 5, bias=bias, dtype=dtype), spec, seed=seed, **options)
+    with torch.no_grad():
+        for parameter in layer.adapter.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return layer
+
+
+@pytest.fixture
+def x():
+    return torch.randn(4, 7, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(
+    ("spec", "shapes"),
+    [
+        (LoRA(r=3), {"A": (3, 7), "B": (5, 3)}),
+        (AdaLoRA(r=3), {"P": (5, 3), "lam": (3,), "Q": (3, 7), "mask": (3,)}),
+        (FLoRA(r=(2, 3)), {"A": (5, 2), "core": (2, 3), "B": (3, 7)}),
+        (Full(), {"delta": (5, 7)}),
+        (DoRA(LoRA(r=2)), {"magnitude": (5,), "inner.A": (2, 7), "inner.B": (5, 2)}),
+        (MAP(DoRA(LoRA(r=2))), {"alpha": (1,), "beta": (1,), "inner.magnitude": (5,), "inner.inner.A": (2, 7), "inner.inner.B": (5, 2)}),
+        (SORA(PreDiag(Full()), rank=2), {"C": (5, 2), "D": (5, 2), "inner.diag": (5,), "inner.inner.delta": (5, 7)}),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_parameter_names_and_shapes_are_public(spec, shapes):
+    state = AdaptedLinear(nn.Linear(7, 5), spec).state_dict()
+    expected = {"weight": (5, 7), "bias": (5,), **{f"adapter.{name}": shape for name, shape in shapes.items()}}
+    assert {name: tuple(value.shape) for name, value in state.items()} == expected
+
+
+def test_initial_values_are_the_documented_ones():
+    linear = nn.Linear(3000, 400)
+    spec = MAP(DoRA(SORA(PreDiag(LoRA(r=50)), rank=40)))
+    start = AdaptedLinear(linear, spec).adapter.state_dict()
+    W = linear.weight.detach()
+    assert float(start["inner.inner.inner.inner.A"].abs().max()) == pytest.approx(3000**-0.5, rel=1e-3)
+    assert float(start["inner.inner.inner.inner.A"].std()) == pytest.approx((3 * 3000) ** -0.5, rel=0.02)
+    assert not start["inner.inner.inner.inner.B"].any()
+    assert (start["inner.inner.inner.diag"] == 1).all()
+    C, D = start["inner.inner.C"], start["inner.inner.D"]
+    assert torch.equal(C, D)
+    assert float(C.std()) == pytest.approx((3 * 400) ** -0.5, rel=0.02)
+    torch.testing.assert_close(start["inner.magnitude"], W.norm(dim=1))
+    torch.testing.assert_close(start["alpha"], W.double().norm()[None].float())
+    assert start["beta"].tolist() == [1.0]
+    ada = AdaptedLinear(nn.Linear(3000, 400), AdaLoRA(r=50)).adapter.state_dict()
+    assert float(ada["P"].std()) == pytest.approx(0.02, rel=0.02)
+    assert float(ada["Q"].std()) == pytest.approx(0.02, rel=0.02)
+    assert not ada["lam"].any()
+    flora = AdaptedLinear(nn.Linear(3000, 400), FLoRA(r=(50, 20))).adapter.state_dict()
+    assert float(flora["A"].std()) == pytest.approx((2 * 50) ** -0.5, rel=0.02)
+    assert float(flora["B"].std()) == pytest.approx((2 * 20) ** -0.5, rel=0.02)
+    assert not flora["core"].any()
+
+
+def test_streams_differ_by_seed_layer_depth_and_parameter():
+    def draw(spec=LoRA(r=5), seed=0, name="a"):
+        return AdaptedLinear(nn.Linear(5, 5), spec, seed=seed, name=name).adapter
+
+    A = draw().A
+    assert torch.equal(A, draw().A)
+    assert not torch.equal(A, draw(seed=1).A)
+    assert not torch.equal(A, draw(name="b").A)
+    twice = draw(SORA(SORA(LoRA(r=2), rank=2), rank=2))
+    assert not torch.equal(twice.C, twice.inner.C)
+    flora = draw(FLoRA(r=5))
+    assert not torch.equal(flora.A, flora.B)
+
+
+def test_it_stands_in_for_its_base(x):
+    linear = nn.Linear(7, 5)
+    weight, bias = linear.weight, linear.bias
+    layer = AdaptedLinear(linear, DEEP)
+    assert (layer.in_features, layer.out_features) == (7, 5)
+    assert layer.weight is weight
+    assert layer.bias is bias
+    assert not weight.requires_grad
+    assert not bias.requires_grad
+    assert {name for name, p in layer.named_parameters() if p.requires_grad} == {
+        f"adapter.{name}" for name, _ in layer.adapter.named_parameters()
+    }
+    other = nn.Linear(7, 5)
+    layer.load_state_dict(other.state_dict(), strict=False)
+    assert torch.equal(linear.weight, other.weight)
+    assert "spec=MAP(DoRA(SORA(PreDiag(LoRA(r=3, alpha=5)), rank=2)))" in repr(layer)
+
+
+def test_effective_and_delta_weight_are_differentiable_and_agree():
+    layer = layer_of(dtype=torch.float64)
+    torch.testing.assert_close(layer.effective_weight() - layer.weight, layer.delta_weight())
+    layer.delta_weight().square().sum().backward()
+    assert all(parameter.grad.any() for parameter in layer.adapter.parameters())
+
+
+def test_hooks_of_the_base_keep_firing_and_survive_unload(x):
+    linear, calls = nn.Linear(7, 5), []
+    handle = linear.register_forward_hook(lambda *_: calls.append("old"))
+    model = nn.Sequential(linear)
+    az.adapt(model, LoRA(r=2))
+    model[0].register_forward_hook(lambda *_: calls.append("new"))
+    model(x)
+    assert calls == ["old", "new"]
+    handle.remove()
+    az.unload(model, merge=True)(x)
+    assert calls == ["old", "new", "new"]
+    assert model[0] is linear
+    assert not linear._forward_pre_hooks
+
+
+def copies(layer):
+    buffer = io.BytesIO()
+    torch.save(layer, buffer)
+    buffer.seek(0)
+    yield copy.deepcopy(layer)
+    yield pickle.loads(pickle.dumps(layer))
+    yield torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_copies_are_equal_and_independent(x, merged):
+    layer = layer_of()
+    if merged:
+        layer.merge()
+    with torch.no_grad():
+        before = layer(x)
+        for other in copies(layer):
+            assert torch.equal(other(x), before)
+            assert other.weight is other.base.weight
+            if merged:
+                other.unmerge()
+            other.weight.data.mul_(2)
+            other.refresh()
+            other.adapter.beta.mul_(3)
+            assert not torch.equal(other(x), before)
+            assert torch.equal(layer(x), before)
+
+
+def test_in_a_sequential_with_an_inplace_activation_and_checkpointing(x):
+    model = nn.Sequential(layer_of(), nn.ReLU(inplace=True), nn.Linear(5, 2))
+    model(x).sum().backward()
+    plain = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    assert any(name.startswith("0.adapter") for name in plain)
+    for reentrant in (False, True):
+        model.zero_grad()
+        checkpoint(model, x.clone().requires_grad_(), use_reentrant=reentrant).sum().backward()
+        for name, parameter in model.named_parameters():
+            if name in plain:
+                torch.testing.assert_close(parameter.grad, plain[name])
+
+
+def test_functional_call_vmap_and_grad(x):
+    layer = layer_of(dtype=torch.float64)
+    x = x.double()
+    params = {name: p.detach() for name, p in layer.named_parameters()}
+    adapter = {name: value for name, value in params.items() if name.startswith("adapter")}
+
+    def loss(params, x):
+        return torch.func.functional_call(layer, params, (x,)).square().sum()
+
+    grads = torch.func.grad(loss)(adapter, x)
+    layer(x).square().sum().backward()
+    for name, parameter in layer.adapter.named_parameters():
+        torch.testing.assert_close(grads[f"adapter.{name}"], parameter.grad)
+    scaled = {name: 2 * value if name == "weight" else value for name, value in params.items()}
+    assert not torch.equal(torch.func.functional_call(layer, scaled, (x,)), layer(x))
+    single = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(adapter, x[:, None])
+    torch.testing.assert_close(single["adapter.inner.magnitude"].sum(0), grads["adapter.inner.magnitude"])
+    stacked = {name: torch.stack([value, 2 * value]) for name, value in params.items()}
+    both = torch.func.vmap(lambda p: torch.func.functional_call(layer, p, (x,)))(stacked)
+    torch.testing.assert_close(both[0], layer(x))
+    torch.testing.assert_close(both[1], torch.func.functional_call(layer, {n: v[1] for n, v in stacked.items()}, (x,)))
+
+
+@pytest.mark.parametrize("spec", [LoRA(r=3), DEEP, MAP(FLoRA(r=3)), DoRA(AdaLoRA(r=2))], ids=repr)
+def test_compiles_into_one_graph(spec, x):
+    layer = layer_of(spec)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), layer(x))
+    compiled(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in layer.adapter.parameters())
+    torch.compiler.reset()
+
+
+def test_dtypes_follow_the_rule(x):
+    layer = layer_of().half()
+    assert layer.weight.dtype is torch.float16
+    assert {p.dtype for p in layer.adapter.parameters()} == {torch.float32}
+    assert layer(x.half()).dtype is torch.float16
+    layer.double()
+    assert {p.dtype for p in layer.parameters()} == {torch.float64}
+    layer = layer_of(DEEP, torch.bfloat16, adapter_dtype=torch.bfloat16)
+    dtypes = {name: value.dtype for name, value in layer.adapter.state_dict().items()}
+    assert {name for name, dtype in dtypes.items() if dtype is torch.bfloat16} == {
+        "inner.inner.inner.inner.A", "inner.inner.inner.inner.B"
+    }  # fmt: skip
+    assert set(dtypes.values()) == {torch.bfloat16, torch.float32}
+    values = {name: value.clone() for name, value in layer.adapter.state_dict().items()}
+    layer.to(torch.bfloat16)
+    assert all(torch.equal(value, values[name]) for name, value in layer.adapter.state_dict().items())
+
+
+def test_half_loses_no_digit_of_the_adapter():
+    layer = layer_of()
+    before = {name: value.clone() for name, value in layer.adapter.state_dict().items()}
+    layer.half().float()
+    assert all(torch.equal(value, before[name]) for name, value in layer.adapter.state_dict().items())
+
+
+@pytest.mark.parametrize("spec", [LoRA(r=3), DEEP, DoRA(MAP(Full()))], ids=repr)
+def test_autocast(spec, x):
+    layer = layer_of(spec)
+    exact = layer(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+        assert torch.equal(layer.effective_weight(), layer.effective_weight())
+        weight = layer.effective_weight()
+    assert y.dtype is torch.bfloat16
+    assert torch.equal(weight, layer.effective_weight())
+    torch.testing.assert_close(y.float(), exact, rtol=3e-2, atol=3e-2)
+    y.sum().backward()
+    assert all(p.grad.dtype is torch.float32 for p in layer.adapter.parameters())
+
+
+def test_meta_device_until_reset(x):
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(7, 5), nn.ReLU(), nn.Linear(5, 3))
+    az.adapt(model, MAP(DoRA(LoRA(r=2))), seed=3)
+    assert all(p.is_meta for p in model.parameters())
+    with pytest.raises(UninitialisedError, match=r"layer '0'.*reset_adapters"):
+        model(x)
+    with pytest.raises(UninitialisedError):
+        az.reset_adapters(model)
+    real = nn.Sequential(nn.Linear(7, 5), nn.ReLU(), nn.Linear(5, 3))
+    model.to_empty(device="cpu")
+    with pytest.raises(UninitialisedError):
+        model(x)
+    model.load_state_dict(real.state_dict(), strict=False)
+    az.reset_adapters(model)
+    torch.testing.assert_close(model(x), real(x))
+    direct = copy.deepcopy(real)
+    az.adapt(direct, MAP(DoRA(LoRA(r=2))), seed=3)
+    for name, value in direct.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+
+
+def test_a_whole_checkpoint_also_initialises_a_meta_model(x):
+    donor = nn.Sequential(nn.Linear(7, 5))
+    az.adapt(donor, DoRA(LoRA(r=2)))
+    with torch.no_grad():
+        donor[0].adapter.inner.B.normal_()
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(7, 5))
+    az.adapt(model, DoRA(LoRA(r=2)))
+    model.load_state_dict(donor.state_dict(), assign=True)
+    assert torch.equal(model(x), donor(x))
+
+
+def test_loading_a_base_refreshes_what_is_kept_of_it(x):
+    layer, other = layer_of(DoRA(LoRA(r=2))), nn.Linear(7, 5)
+    layer(x)
+    layer.load_state_dict(other.state_dict(), strict=False)
+    inside = other.weight + layer.adapter.inner.B @ layer.adapter.inner.A
+    W = layer.adapter.magnitude[:, None] * inside / inside.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(layer(x), x @ W.T + other.bias)
+    with torch.no_grad():
+        layer.weight.mul_(2)  # seen by its version
+        inside = layer.weight + layer.adapter.inner.B @ layer.adapter.inner.A
+    torch.testing.assert_close(layer.effective_weight().norm(dim=1), layer.adapter.magnitude.abs())
+    layer.weight.data *= 3  # not seen; so there is refresh
+    az.refresh(layer)
+    torch.testing.assert_close(layer.effective_weight().norm(dim=1), layer.adapter.magnitude.abs())
+
+
+def test_a_base_that_trains_has_its_gradient_and_says_so_once(x):
+    layer = layer_of(DoRA(LoRA(r=2), detach_norm=False), torch.float64)
+    layer.weight.requires_grad_()
+    layer.bias.requires_grad_()
+    names = ["weight", "bias"]
+    values = [layer.weight.detach().requires_grad_(), layer.bias.detach().requires_grad_()]
+
+    def call(*values):
+        return torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (x.double(),))
+
+    with pytest.warns(UnfrozenBaseWarning, match="the base weight of this layer trains"):
+        layer(x.double())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.autograd.gradcheck(call, values)
+    optimiser = torch.optim.AdamW([layer.weight], lr=0.1, fused=True)
+    layer(x.double()).square().sum().backward()
+    optimiser.step()
+    layer.weight.requires_grad_(False)
+    torch.testing.assert_close(layer.effective_weight().norm(dim=1), layer.adapter.magnitude.abs())
+
+
+def test_the_merged_state(x):
+    layer = layer_of()
+    layer.name = "blocks.3.up"
+    base = layer.weight.detach().clone()
+    layer.merge()
+    assert layer.merged
+    assert "merged" in repr(layer)
+    assert torch.equal(layer.unmerged_weight, base)
+    with pytest.raises(MergedError, match=r"'blocks.3.up' is merged.*torch.no_grad"):
+        layer(x)
+    with pytest.raises(MergedError, match=r"'blocks.3.up' is already merged"):
+        layer.merge()
+    with pytest.raises(MergedError, match="unmerge it before resetting"):
+        layer.reset()
+    state = layer.state_dict()
+    assert set(state) == set(layer_of().state_dict())
+    adapter = {name: value.clone() for name, value in layer.adapter.state_dict().items()}
+    with pytest.raises(RuntimeError, match=r"'blocks.3.up' is merged and takes no values"):
+        layer.load_state_dict(layer_of(seed=5).state_dict())
+    assert all(torch.equal(value, adapter[name]) for name, value in layer.adapter.state_dict().items())
+    with az.disabled(layer), torch.no_grad():
+        assert torch.equal(layer(x), nn.functional.linear(x, base, layer.bias))
+    layer.unmerge()
+    assert torch.equal(layer.weight, base)
+    with pytest.raises(MergedError, match="is not merged"):
+        layer.unmerge()
+    layer.requires_grad_(False)
+    layer.merge()
+    assert layer(x).shape == (4, 5)  # no adapter parameter wants a gradient
+
+
+def test_merge_without_keeping_the_base(x):
+    layer = layer_of()
+    effective = layer.effective_weight().detach()
+    layer.merge(keep_base=False)
+    assert torch.equal(layer.weight, effective)
+    for operation in (layer.unmerge, layer.state_dict, layer.effective_weight):
+        with pytest.raises(MergedError, match="keep_base=False"):
+            operation()
+
+
+def test_the_base_is_kept_where_it_was_asked_for():
+    layer = layer_of()
+    layer.merge(base_device="cpu")
+    layer.to(torch.float64)
+    assert layer.unmerged_weight.dtype is torch.float64
+    layer.unmerge()
+    assert layer.weight.dtype is torch.float64
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_failing_merge_changes_nothing(bad):
+    model = nn.Sequential(nn.Linear(7, 7), nn.Linear(7, 7))
+    az.adapt(model, LoRA(r=2))
+    with torch.no_grad():
+        model[1].adapter.B.fill_(bad)
+    before = copy.deepcopy(model.state_dict())
+    for operation in (lambda: az.merge(model), lambda: az.unload(model, merge=True)):
+        with pytest.raises(MergedError, match="layer '1' has an effective weight that is not finite"):
+            operation()
+        assert not any(layer.merged for layer in az.adapted_layers(model).values())
+        assert isinstance(model[0], AdaptedLinear)
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, before[name]) or bad != bad
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        (lambda: nn.Conv2d(3, 4, 2), "Conv2d and can't be adapted: only nn.Linear"),
+        (lambda: nn.LazyLinear(4), "shape is not known yet"),
+        (lambda: parametrizations.weight_norm(nn.Linear(3, 4)), "remove the parametrisation"),
+        (lambda: type("Odd", (nn.Linear,), {"forward": lambda self, x: x})(3, 4), "forward of its own"),
+        (lambda: AdaptedLinear(nn.Linear(3, 4), LoRA(r=1)), "adapted already"),
+    ],
+)
+def test_unsupported_bases_are_refused(base, message):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        module = base()
+    with pytest.raises(UnsupportedLayerError, match=message):
+        AdaptedLinear(module, LoRA(r=1))
+
+
+def test_specs_that_do_not_fit_are_refused():
+    linear = nn.Linear(7, 5)
+    with pytest.raises(MisfitError, match=r"layer 'up' \(out=5, in=7\) cannot take MAP.*r=6 is above min\(out, in\) = 5"):
+        AdaptedLinear(linear, MAP(LoRA(r=6)), name="up")
+    with pytest.raises(MisfitError, match="r_out=6 is above out = 5"):
+        AdaptedLinear(linear, FLoRA(r=(6, 1)))
+    with pytest.raises(MisfitError, match="rank=8 is above out = 5"):
+        AdaptedLinear(linear, SORA(LoRA(r=1), rank=8))
+    with pytest.raises(SpecError, match=r"given the class LoRA; build it: LoRA\(...\)"):
+        AdaptedLinear(linear, LoRA)
+    with pytest.raises(SpecError, match="needs a spec such as"):
+        AdaptedLinear(linear, "LoRA(r=2)")
+    assert linear.weight.requires_grad
+    assert not linear._forward_pre_hooks
+
+
+def test_dropout_acts_in_training_only(x):
+    layer = layer_of(DoRA(LoRA(r=3, dropout=0.5)))
+    torch.manual_seed(0)
+    assert not torch.equal(layer.train()(x), layer(x))
+    assert torch.equal(layer.eval()(x), layer(x))
+    layer.train()
+    many = layer(x[:1].expand(40_000, 7)).detach().double()
+    spread = many.std(0) / 40_000**0.5
+    assert ((many.mean(0) - layer.eval()(x[:1]).double()).abs() < 5 * spread).all()
+    assert (spread > 0).all()
+
+
+def test_inference_mode_and_frozen_adapters(x):
+    layer = layer_of()
+    expected = layer(x).detach()
+    with torch.inference_mode():
+        assert torch.equal(layer(x), expected)
+    layer.requires_grad_(False)
+    assert not layer(x).requires_grad
+    layer(x.requires_grad_()).sum().backward()
+    assert x.grad is not None

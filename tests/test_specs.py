@@ -1,0 +1,176 @@
+"""Specs: frozen, hashable, pasteable, strict; text and JSON; messages that say what would be valid."""
+
+import json
+
+import pydantic
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import specs
+
+import adapterzoo as az
+from adapterzoo import MAP, SORA, AdaLoRA, DoRA, FLoRA, Full, LoRA, PreDiag, parse
+from adapterzoo.errors import PieceError, SpecError, UnknownPieceError
+from adapterzoo.pieces import Generator, Piece, Role
+from adapterzoo.registry import compositions, pieces, register
+
+BAD_TEXTS = {
+    "MAP()": "MAP wraps something",
+    "MAP(3)": r"'3' in 'MAP\(3\)' is not a piece",
+    "MAP(LoRA)": r"write LoRA\(\) with brackets",
+    "MAP(LoRA(), LoRA())": "MAP takes one inside",
+    "LoRA(DoRA(LoRA()))": r"LoRA is a generator.*write DoRA\(LoRA\(...\)\)",
+    "LoRA(8)": "not a piece such as",
+    "LoRA(r=0)": r"LoRA: r=0 is not valid: it should be greater than or equal to 1",
+    "LoRA(r=2.5)": r"r=2.5 is not valid: it should be a valid integer",
+    "LoRA(r=True)": "r=True is not valid",
+    "LoRA(alpha=0)": "alpha=0 is not valid: it should be greater than 0",
+    "LoRA(alpha=1e999)": "alpha=inf is not valid: it should be a finite number",
+    "LoRA(dropout=1)": "dropout=1 is not valid: it should be less than 1",
+    "LoRA(dropuot=0.1)": "no field 'dropuot'.*did you mean 'dropout'",
+    "SORA(LoRA(), map='cay')": "'cayley', 'exp' or 'first_order'",
+    "MAP(LoRA(), floor=0)": "greater than 0, or it should be 'literal'",
+    "FLoRA(r=(8,))": r"FLoRA: r=\(8,\) is not valid",
+    "LORA(r=8)": "unknown piece 'LORA'; known pieces: .*did you mean 'LoRA'",
+    "MAP(LoRA(r=8)": "is not a spec",
+    "": "is not a spec",
+    "LoRA(r=__import__('os').getpid())": "is not a number, string, True, False, None or tuple",
+    "LoRA(r=1+1)": "is not a number",
+    "LoRA(**{'r': 8})": "has no place in a spec",
+    "az.LoRA(r=8)": "is not a piece",
+    "LoMAP(rank=8)": "LoMAP",
+    "[LoRA()]": "is not a piece",
+    "LoRA(" * 3000: "longest|not a spec",
+}
+
+
+@given(specs(9, 9))
+def test_text_and_json_round_trip(spec):
+    assert parse(repr(spec)) == parse(str(spec)) == spec
+    assert az.from_json(az.to_json(spec)) == spec
+    assert json.loads(az.to_json(spec))["schema"] == 1
+    assert len({spec, parse(repr(spec)), az.from_json(az.to_json(spec))}) == 1
+
+
+@pytest.mark.parametrize("text", BAD_TEXTS, ids=lambda text: text[:40] or "empty")
+def test_bad_text_says_what_is_wrong(text):
+    with pytest.raises(SpecError, match=BAD_TEXTS[text]):
+        parse(text)
+
+
+@given(st.text(max_size=60))
+def test_any_text_is_a_spec_or_a_spec_error(text):
+    try:
+        assert isinstance(parse(text), Piece)
+    except SpecError:
+        pass
+
+
+def test_parse_of_something_else():
+    with pytest.raises(SpecError, match="not int"):
+        parse(3)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(["LoRA", "MAP"]),
+    lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(st.sampled_from(["schema", "piece", "inner", "r", "alpha", "x"]), inner, max_size=5),
+    max_leaves=8,
+)
+
+
+@given(JSON)
+def test_any_json_is_a_spec_or_a_spec_error(tree):
+    if isinstance(tree, dict):
+        tree = {"schema": 1, **tree}
+    try:
+        assert isinstance(az.from_json(json.dumps(tree)), Piece)
+    except SpecError:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not JSON"),
+        ("[]", "found 'list'"),
+        ('{"schema": 2, "piece": "LoRA"}', "\"schema\": 1; found 2"),
+        ('{"schema": 1, "piece": "LoRA", "rank": 3}', "no field 'rank'"),
+        ('{"schema": 1, "piece": "LoRa"}', "did you mean 'LoRA'"),
+        ('{"schema": 1, "piece": "MAP"}', "MAP wraps something"),
+        ('{"schema": 1, "piece": "LoMAP"}', "unknown piece"),
+    ],
+)
+def test_bad_json_says_what_is_wrong(text, message):
+    with pytest.raises(SpecError, match=message):
+        az.from_json(text)
+
+
+def test_specs_are_frozen_and_equal_by_value():
+    spec = MAP(LoRA(r=8))
+    with pytest.raises(pydantic.ValidationError, match="frozen"):
+        spec.inner = LoRA(r=4)
+    assert LoRA(r=8) == LoRA(r=8, alpha=8) == LoRA(r=8, alpha=None)
+    assert LoRA(r=8) != LoRA(r=8, alpha=16)
+    assert LoRA(r=8) != AdaLoRA(r=8)
+    assert repr(MAP(DoRA(LoRA(r=8, alpha=16)))) == "MAP(DoRA(LoRA(r=8, alpha=16)))"
+    assert repr(SORA(PreDiag(FLoRA(r=(4, 2))))) == "SORA(PreDiag(FLoRA(r=(4, 2))), rank=4)"
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: MAP(LoRA), r"given the class LoRA; build it: MAP\(LoRA\(...\)\)"),
+        (lambda: MAP("LoRA(r=8)"), "wraps a generator or a wrapper, not 'LoRA"),
+        (lambda: MAP(LoRA(), inner=LoRA()), "twice"),
+        (lambda: LoRA(8), r"as keywords, such as LoRA\(r=8\)"),
+        (lambda: LoRA(DoRA(LoRA())), "LoRA is a generator"),
+        (lambda: LoRA(rslora="yes"), "rslora='yes' is not valid"),
+        (lambda: LoRA(r=8, alpha=float("nan")), "finite"),
+    ],
+)
+def test_bad_python_says_what_is_wrong(build, message):
+    with pytest.raises(SpecError, match=message):
+        build()
+
+
+def test_named_compositions():
+    assert az.LoMAP(r=4, alpha=2, dropout=0.1) == MAP(LoRA(r=4, alpha=2, dropout=0.1)) == parse("LoMAP(r=4, alpha=2, dropout=0.1)")
+    assert az.AdaLoMAP(r=4) == MAP(AdaLoRA(r=4))
+    assert az.FLoMAP(r=(4, 2), scale=2.0) == MAP(FLoRA(r=(4, 2), scale=2.0))
+    expected = SORA(PreDiag(LoRA(r=16, alpha=32)), rank=4, map="first_order", damping=1.0)
+    assert az.PublishedSORA() == expected
+    assert DoRA(az.LoMAP(r=4)) == parse("DoRA(LoMAP(r=4))")
+
+
+def test_scales():
+    assert LoRA(r=4, alpha=6).scale == 1.5
+    assert LoRA(r=4, alpha=6, rslora=True).scale == 3.0
+    assert AdaLoRA(r=4).scale == 1.0
+
+
+def test_the_registry_knows_every_public_piece():
+    assert {"LoRA", "AdaLoRA", "FLoRA", "Full", "MAP", "DoRA", "PreDiag", "SORA"} <= set(pieces())
+    assert {"LoMAP", "AdaLoMAP", "FLoMAP", "PublishedSORA"} <= set(compositions())
+    assert pieces()["Full"] is Full
+
+
+def test_registration_refuses_what_breaks_the_contract():
+    with pytest.raises(PieceError, match="derive it from"):
+        register(int)
+    with pytest.raises(PieceError, match="does not define init, update"):
+        register(type("Empty", (Generator,), {}))
+    body = {"init": lambda self, site: {}, "update": lambda self, params, site: None, "__module__": __name__}
+    with pytest.raises(PieceError, match="must give every parameter a Role"):
+        register(type("NoRoles", (Generator,), dict(body)))
+    with pytest.raises(PieceError, match="the name 'LoRA' is taken"):
+        register(type("LoRA", (Generator,), {**body, "roles": {"A": Role.CORE}}))
+    assert pieces()["LoRA"] is LoRA
+
+
+def test_unknown_names_list_the_known_ones():
+    with pytest.raises(UnknownPieceError) as caught:
+        parse("Dora(LoRA())")
+    for name in pieces():
+        assert name in str(caught.value)
+    assert "did you mean 'DoRA'" in str(caught.value)
