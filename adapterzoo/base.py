@@ -161,7 +161,7 @@ def _wider(x: Tensor, weight: Tensor) -> bool:
 
 def _row_blocks(matrix: Tensor) -> Iterator[Tensor]:
     rows = max(1, _BLOCK // max(1, matrix.shape[1]))
-    return iter(matrix.split(rows))
+    return iter(matrix.split(rows))  # type: ignore[no-untyped-call]
 
 
 # Note [Wide products with a 16-bit weight]

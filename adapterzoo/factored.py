@@ -125,7 +125,7 @@ class FactoredWeight:
     def row_norms(self) -> Tensor:
         """‖w'_i‖ of every row of W': [out], in the factors' dtype, with the subgradient 0 on a zero row.
 
-        ‖w'_i‖² = l_i²‖w_i‖² + 2 l_i ⟨(W Vᵀ)_i, U_i⟩ + ⟨(U V Vᵀ)_i, U_i⟩ with l = 1 + δ, clamped at zero before the root.
+        ‖w'_i‖² = l_i²‖w_i‖² + 2 l_i ⟨(W Vᵀ)_i, U_i⟩ + ⟨(U V Vᵀ)_i, U_i⟩ with l = 1 + δ, clamped at zero.
         """
         if self.remainder is not None:
             return safe_sqrt(row_norms_sq(self.dense())).to(self.remainder.dtype)

@@ -1,7 +1,8 @@
 """AdaptedLinear: a base layer, a spec and parameters. It knows no piece by name."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
@@ -54,8 +55,8 @@ class AdaptedLinear(nn.Module):
         spec: what adapts it, such as MAP(AdaLoRA(r=16)).
         seed: seed of the initial values, together with `name`; the global random state is neither read nor changed.
         name: the layer's name in its model, for streams of random numbers and for messages.
-        adapter_dtype: dtype of the adapter's factors; by default that of the weight, but at least float32. Magnitudes and
-            rotations are float32 or wider in any case.
+        adapter_dtype: dtype of the adapter's factors; by default that of the weight, but at least float32. Magnitudes
+            and rotations are float32 or wider in any case.
 
     Raises:
         UnsupportedLayerError: base is not an nn.Linear with an ordinary floating-point weight.
@@ -95,8 +96,9 @@ class AdaptedLinear(nn.Module):
         self._base_device: torch.device | str | None = None
         self._norms = NormCache()
         self._norms.bind(base.weight)
-        base_weight = DenseBase(base.weight, self._norms)
-        adapter = Adapter(spec, Site(base_weight, _factor_dtype(base.weight), name, seed), adapter_dtype)
+        site = Site(DenseBase(base.weight, self._norms), _factor_dtype(base.weight), name, seed)
+        with _frozen(base):  # so that the norms that initial values need are kept
+            adapter = Adapter(spec, site, adapter_dtype)
         self.__dict__["base"] = base  # kept, but no submodule: its parameters are this layer's own
         self._parameters = base._parameters
         for table in _HOOK_TABLES:
@@ -107,8 +109,6 @@ class AdaptedLinear(nn.Module):
         self.adapter = adapter
         self._initialised = not base.weight.is_meta
         self.train(base.training)
-        for parameter in base.parameters(recurse=False):
-            parameter.requires_grad_(False)
 
     @property
     def spec(self) -> Piece:
@@ -255,7 +255,8 @@ class AdaptedLinear(nn.Module):
         if weight.requires_grad and not self._warned:
             self._warned = True
             warnings.warn(
-                f"the base weight of {where(self.name)} trains: its norms are computed anew, with gradient, at every call",
+                f"the base weight of {where(self.name)} trains: its norms are computed anew, "
+                "with gradient, at every call",
                 UnfrozenBaseWarning,
                 stacklevel=2,
             )
@@ -342,6 +343,20 @@ def check_fits(spec: object, base: nn.Linear, name: str) -> None:
     problem = misfit(spec, base.out_features, base.in_features)
     if problem is not None:
         raise MisfitError(name, (base.out_features, base.in_features), repr(spec), problem)
+
+
+@contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """Freeze a module's own parameters, for good unless the body fails."""
+    flags = {parameter: parameter.requires_grad for parameter in module.parameters(recurse=False)}
+    try:
+        for parameter in flags:
+            parameter.requires_grad_(False)
+        yield
+    except BaseException:
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+        raise
 
 
 def _factor_dtype(weight: Tensor) -> torch.dtype:

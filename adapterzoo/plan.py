@@ -51,15 +51,10 @@ class Plan:
 
     def __str__(self) -> str:
         rows = [("layer", "spec", "out x in", "parameters")]
-        for item in self.adapted:
-            rows.append(
-                (
-                    " = ".join(item.names),
-                    repr(item.spec),
-                    f"{item.shape[0]} x {item.shape[1]}",
-                    f"{item.parameters:,}",
-                )
-            )
+        rows += [
+            (" = ".join(i.names), repr(i.spec), f"{i.shape[0]} x {i.shape[1]}", f"{i.parameters:,}")
+            for i in self.adapted
+        ]
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
         lines = [
             "  ".join([*(cell.ljust(width) for cell, width in zip(row[:2], widths, strict=False)),

@@ -279,8 +279,8 @@ def _accepts(pattern: re.Pattern[str] | Predicate, name: str, module: nn.Module)
 def _shown(pattern: Pattern) -> str:
     if isinstance(pattern, re.Pattern):
         text = repr(pattern.pattern)
-        is_name = re.fullmatch(r"[\w.\-]+", pattern.pattern)
-        return f"{text} (read as a regular expression for full names{f'; [{text}] is a name or its tail' if is_name else ''})"
+        hint = f"; [{text}] is a name or its tail" if re.fullmatch(r"[\w.\-]+", pattern.pattern) else ""
+        return f"{text} (read as a regular expression for full names{hint})"
     return repr(pattern) if isinstance(pattern, str) else f"<{getattr(pattern, '__name__', 'predicate')}>"
 
 

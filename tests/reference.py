@@ -60,9 +60,7 @@ def full(W, inner, p, o):
 
 def prediag(W, inner, p, o):
     shift = p["diag"] - 1
-    return Node(
-        torch.diag(shift) @ W + inner.update, inner.part, inner.mass + rows(torch.diag(shift) @ W), inner.kappa
-    )
+    return Node(torch.diag(shift) @ W + inner.update, inner.part, inner.mass + rows(torch.diag(shift) @ W), inner.kappa)
 
 
 def dora(W, inner, p, o):
@@ -113,7 +111,9 @@ def sora(W, inner, p, o):
     turn = turns[o["map"]]()
     size = (E.abs() @ C.abs().T + C.abs() @ E.abs().T).detach()
     terms = (1 + size.norm()) * (size @ (rows(W) + inner.mass))
-    return Node(turn @ (W + inner.update) + inner.update, inner.part + turn @ inner.part, inner.mass + terms, inner.kappa)
+    return Node(
+        turn @ (W + inner.update) + inner.update, inner.part + turn @ inner.part, inner.mass + terms, inner.kappa
+    )
 
 
 def exponential(P, halvings=3, terms=40):

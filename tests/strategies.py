@@ -159,5 +159,3 @@ def functional_of(case: Case) -> torch.Tensor:
 
 def _rms(value: torch.Tensor) -> float:
     return float(value.detach().to(torch.float64).square().mean().sqrt()) if value.numel() else 0.0
-
-

@@ -13,7 +13,14 @@ from torch.utils.checkpoint import checkpoint
 
 import adapterzoo as az
 from adapterzoo import MAP, SORA, AdaLoRA, AdaptedLinear, DoRA, FLoRA, Full, LoRA, PreDiag
-from adapterzoo.errors import MergedError, MisfitError, SpecError, UnfrozenBaseWarning, UninitialisedError, UnsupportedLayerError
+from adapterzoo.errors import (
+    MergedError,
+    MisfitError,
+    SpecError,
+    UnfrozenBaseWarning,
+    UninitialisedError,
+    UnsupportedLayerError,
+)
 
 DEEP = MAP(DoRA(SORA(PreDiag(LoRA(r=3, alpha=5)), rank=2)))
 
@@ -32,6 +39,10 @@ def x():
     return torch.randn(4, 7, generator=torch.Generator().manual_seed(1))
 
 
+def _AB(prefix):
+    return {f"{prefix}A": (2, 7), f"{prefix}B": (5, 2)}
+
+
 @pytest.mark.parametrize(
     ("spec", "shapes"),
     [
@@ -40,7 +51,7 @@ def x():
         (FLoRA(r=(2, 3)), {"A": (5, 2), "core": (2, 3), "B": (3, 7)}),
         (Full(), {"delta": (5, 7)}),
         (DoRA(LoRA(r=2)), {"magnitude": (5,), "inner.A": (2, 7), "inner.B": (5, 2)}),
-        (MAP(DoRA(LoRA(r=2))), {"alpha": (1,), "beta": (1,), "inner.magnitude": (5,), "inner.inner.A": (2, 7), "inner.inner.B": (5, 2)}),
+        (MAP(PreDiag(LoRA(r=2))), {"alpha": (1,), "beta": (1,), "inner.diag": (5,), **_AB("inner.inner.")}),
         (SORA(PreDiag(Full()), rank=2), {"C": (5, 2), "D": (5, 2), "inner.diag": (5,), "inner.inner.delta": (5, 7)}),
     ],
     ids=repr,
@@ -402,7 +413,9 @@ def test_unsupported_bases_are_refused(base, message):
 
 def test_specs_that_do_not_fit_are_refused():
     linear = nn.Linear(7, 5)
-    with pytest.raises(MisfitError, match=r"layer 'up' \(out=5, in=7\) cannot take MAP.*r=6 is above min\(out, in\) = 5"):
+    with pytest.raises(
+        MisfitError, match=r"layer 'up' \(out=5, in=7\) cannot take MAP.*r=6 is above min\(out, in\) = 5"
+    ):
         AdaptedLinear(linear, MAP(LoRA(r=6)), name="up")
     with pytest.raises(MisfitError, match="r_out=6 is above out = 5"):
         AdaptedLinear(linear, FLoRA(r=(6, 1)))

@@ -60,7 +60,7 @@ def test_row_norms_over_a_bf16_weight_are_good_to_1e_5(spec, monkeypatch):
 
 
 def test_no_gradient_is_lost_over_a_bf16_weight():
-    """Wide products over a 16-bit weight have a backward of their own: compared with autograd through the dense form."""
+    """Wide products over a 16-bit weight have a backward of their own: compared with a float64 layer."""
     spec = MAP(SORA(DoRA(LoRA(r=4), detach_norm=False)))
     layer = perturbed(spec, 24, 40, torch.bfloat16, strength=0.3)
     wide = AdaptedLinear(nn.Linear(40, 24, bias=False, dtype=torch.float64), spec)
@@ -96,7 +96,9 @@ def test_norms_of_cancelling_sums_lose_no_more_than_they_must(rank, cols, seed, 
 
 
 @pytest.mark.parametrize("scale", [1e-18, 1e-9, 1e9, 1e18])
-@pytest.mark.parametrize("spec", [MAP(LoRA(r=2)), DoRA(LoRA(r=2)), DoRA(SORA(PreDiag(FLoRA(r=2)))), MAP(DoRA(LoRA(r=2)))])
+@pytest.mark.parametrize(
+    "spec", [MAP(LoRA(r=2)), DoRA(LoRA(r=2)), DoRA(SORA(PreDiag(FLoRA(r=2)))), MAP(DoRA(LoRA(r=2)))]
+)
 def test_far_scales_stay_finite_in_float32(spec, scale):
     """Squares of these weights leave float32: norms are summed in float64."""
     torch.manual_seed(0)
@@ -109,7 +111,9 @@ def test_far_scales_stay_finite_in_float32(spec, scale):
         assert all(torch.isfinite(p.grad).all() for p in layer.adapter.parameters())
         with torch.no_grad():
             for parameter in layer.adapter.parameters():
-                parameter.add_(0.3 * torch.randn_like(parameter) * (parameter.abs().mean() if parameter.any() else scale))
+                parameter.add_(
+                    0.3 * torch.randn_like(parameter) * (parameter.abs().mean() if parameter.any() else scale)
+                )
     assert torch.isfinite(layer.effective_weight()).all()
 
 

@@ -1,7 +1,6 @@
 """The identities, on drawn composition trees up to six wrappers deep."""
 
 import properties
-import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from strategies import cases

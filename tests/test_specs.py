@@ -73,8 +73,10 @@ def test_parse_of_something_else():
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(["LoRA", "MAP"]),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(st.sampled_from(["schema", "piece", "inner", "r", "alpha", "x"]), inner, max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["schema", "piece", "inner", "r", "alpha", "x"]), inner, max_size=5)
+    ),
     max_leaves=8,
 )
 
@@ -94,7 +96,7 @@ def test_any_json_is_a_spec_or_a_spec_error(tree):
     [
         ("{", "not JSON"),
         ("[]", "found 'list'"),
-        ('{"schema": 2, "piece": "LoRA"}', "\"schema\": 1; found 2"),
+        ('{"schema": 2, "piece": "LoRA"}', '"schema": 1; found 2'),
         ('{"schema": 1, "piece": "LoRA", "rank": 3}', "no field 'rank'"),
         ('{"schema": 1, "piece": "LoRa"}', "did you mean 'LoRA'"),
         ('{"schema": 1, "piece": "MAP"}', "MAP wraps something"),
@@ -135,7 +137,11 @@ def test_bad_python_says_what_is_wrong(build, message):
 
 
 def test_named_compositions():
-    assert az.LoMAP(r=4, alpha=2, dropout=0.1) == MAP(LoRA(r=4, alpha=2, dropout=0.1)) == parse("LoMAP(r=4, alpha=2, dropout=0.1)")
+    assert (
+        az.LoMAP(r=4, alpha=2, dropout=0.1)
+        == MAP(LoRA(r=4, alpha=2, dropout=0.1))
+        == parse("LoMAP(r=4, alpha=2, dropout=0.1)")
+    )
     assert az.AdaLoMAP(r=4) == MAP(AdaLoRA(r=4))
     assert az.FLoMAP(r=(4, 2), scale=2.0) == MAP(FLoRA(r=(4, 2), scale=2.0))
     expected = SORA(PreDiag(LoRA(r=16, alpha=32)), rank=4, map="first_order", damping=1.0)

@@ -1,8 +1,8 @@
 """A small real ablation, from end to end: `python -m adapterzoo.ablation.demo`.
 
 17 cells (a frozen base, full fine-tuning, and {LoRA, AdaLoRA, FLoRA} under no wrapper, MAP, DoRA, PreDiag and
-SORA(PreDiag)) on one task: a transformer pretrained on the digits 0 to 4 is adapted to the digits 5 to 9. For every cell
-3 learning rates are tried on one seed, and the best of them runs on 3 other seeds: 102 runs.
+SORA(PreDiag)) on one task: a transformer pretrained on the digits 0 to 4 is adapted to the digits 5 to 9. For every
+cell 3 learning rates are tried on one seed, and the best of them runs on 3 other seeds: 102 runs.
 """
 
 import argparse

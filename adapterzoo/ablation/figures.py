@@ -66,11 +66,15 @@ def _draw_cells(axes: Axes, cells: pd.DataFrame, keys: list[list[tuple[str, str]
     axes.imshow(means, cmap="cividis", norm=shades, aspect="auto")
     for y, row in enumerate(keys):
         for x, key in enumerate(row):
-            half = 100 * cells["test_accuracy_half_width"].get(key, float("nan"))
-            text = f"{means[y][x]:.1f}\n± {half:.1f}" if key in cells.index else "no runs"
+            text = _cell_text(cells.loc[key], cells["seeds"].max()) if key in cells.index else "no runs"
             colour = "white" if shades(means[y][x]) < 0.5 else "black"
             axes.text(x, y, text, ha="center", va="center", color=colour)
     axes.tick_params(length=0)
+
+
+def _cell_text(cell: pd.Series, seeds: int) -> str:
+    fewer = f"\n(n = {cell['seeds']})" if cell["seeds"] < seeds else ""
+    return f"{100 * cell['test_accuracy']:.1f}\n± {100 * cell['test_accuracy_half_width']:.1f}{fewer}"
 
 
 def _draw_curve(axes: Axes, means: pd.Series, key: tuple[str, str], label: str, style: tuple[str, str]) -> None:

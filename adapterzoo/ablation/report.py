@@ -42,7 +42,7 @@ def cell_table(summary: pd.DataFrame) -> Table:
     for row in summary.to_dict("records"):
         if previous not in (None, row["generator"]) and row["wrapper"] == BARE:
             table.add_section()
-        table.add_row(*_cells(row))
+        table.add_row(*_cells(row, seeds))
         previous = row["generator"]
     return table
 
@@ -52,12 +52,13 @@ def percent(mean: float, half: float, signed: bool = False) -> str:
     if math.isnan(mean):
         return ""
     width = "?" if math.isnan(half) else f"{100 * half:.1f}"
-    return f"{100 * mean:{'+' if signed else ''}.1f} ± {width}"
+    return f"{100 * mean:{'+z' if signed else ''}.1f} ± {width}"
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
+def _cells(row: dict[str, Any], seeds: int) -> list[str]:
     edge = f" ({row['lr_edge']})" if row["lr_edge"] else ""
-    accuracy = percent(row["test_accuracy"], row["test_accuracy_half_width"])
+    fewer = f" (n = {row['seeds']})" if row["seeds"] < seeds else ""
+    accuracy = percent(row["test_accuracy"], row["test_accuracy_half_width"]) + fewer
     gain = percent(row["gain_over_bare"], row["gain_half_width"], signed=True)
     return [
         str(row["generator"]),

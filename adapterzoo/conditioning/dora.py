@@ -34,8 +34,8 @@ class DoRA(Wrapper):
         Liu et al., arXiv 2402.09353, eq. 5; its "column" is a row of torch's [out, in] weight.
 
     Deviations:
-        n comes from W, U and V without forming W'; the published code forms it. Dropout acts on the update alone; PEFT's
-        also drops in the base term. Published codes give NaN on a zero row.
+        n comes from W, U and V without forming W'; the published code forms it. Dropout acts on the update alone;
+        PEFT's also drops in the base term. Published codes give NaN on a zero row.
     """
 
     roles: ClassVar[Mapping[str, Role]] = {"magnitude": Role.MAGNITUDE}
