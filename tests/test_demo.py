@@ -15,7 +15,7 @@ from adapterzoo.ablation.digits import TEST, TRAIN, VALIDATION, new_digits, old_
 from adapterzoo.ablation.report import cell_table, percent
 from adapterzoo.ablation.schedule import Job, curves_frame, report_jobs, results_frame, run_jobs, tuning_jobs
 from adapterzoo.ablation.summary import best_rates, summarise, t_interval
-from adapterzoo.ablation.transformer import BLOCKS, WIDTH, batches, new_model, weights
+from adapterzoo.ablation.transformer import BLOCKS, WIDTH, batches, new_model, pretrain, weights
 from adapterzoo.ablation.trial import Point, Record, prepare, run, trainable
 
 CELLS = all_cells()
@@ -60,6 +60,23 @@ def test_batches_pass_over_every_image_before_any_comes_again():
     seen = [batch.labels for batch in batches(tagged, 50, 6, torch.Generator().manual_seed(0))]
     assert [len(batch) for batch in seen] == 6 * [50]
     assert sorted(torch.cat(seen[:4]).tolist()) == list(range(200))
+
+
+# The base
+
+
+def test_pretraining_repeats_itself_and_learns():
+    one, two = pretrain(steps=20), pretrain(steps=20)
+    assert all((one[name] == two[name]).all() for name in BASE)
+    assert not any((one[name] == BASE[name]).all() for name in BASE)
+
+
+def test_weights_are_a_copy():
+    model = new_model(seed=0)
+    kept = weights(model.backbone)
+    with torch.no_grad():
+        model.backbone.embed.weight.zero_()
+    assert kept["embed.weight"].any()
 
 
 # Pairing
