@@ -1,1 +1,4 @@
-"""Ablations: comparisons of compositions. `python -m adapterzoo.ablation.demo` runs a small real one."""
+"""Ablations: comparisons of compositions. They need the extra: `pip install "adapterzoo[ablation]"`.
+
+`python -m adapterzoo.ablation.demo` runs a small real one.
+"""

@@ -28,9 +28,9 @@ def cell_table(summary: pd.DataFrame) -> Table:
     table = Table(
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
-        title=f"Digits 5 to 9: test accuracy in %, mean ± half-width of the 95 % t interval (n = {seeds} seeds)",
+        title=f"Test accuracy in %: mean ± half-width of the 95 % t interval (n = {seeds} seeds)",
         caption="lr: best of 3 on validation; (min), (max): at an edge of the 3\n"
-        "vs bare: difference to the bare generator in points, paired by seed, with its own interval\n"
+        "vs bare: difference in points, paired by seed, with a t interval of its own\n"
         "trained: adapter + head parameters; ms: median of a step",
         caption_justify="left",
     )
