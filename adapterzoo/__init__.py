@@ -17,6 +17,7 @@ from adapterzoo.conditioning import SORA as SORA
 from adapterzoo.conditioning import DoRA as DoRA
 from adapterzoo.conditioning import PreDiag as PreDiag
 from adapterzoo.layer import AdaptedLinear as AdaptedLinear
+from adapterzoo.layer import adapted_layers as adapted_layers
 from adapterzoo.methods import AdaLoRA as AdaLoRA
 from adapterzoo.methods import FLoRA as FLoRA
 from adapterzoo.methods import Full as Full
@@ -28,7 +29,6 @@ from adapterzoo.registry import parse as parse
 from adapterzoo.registry import register as register
 from adapterzoo.registry import to_json as to_json
 from adapterzoo.surgery import adapt as adapt
-from adapterzoo.surgery import adapted_layers as adapted_layers
 from adapterzoo.surgery import disabled as disabled
 from adapterzoo.surgery import merge as merge
 from adapterzoo.surgery import refresh as refresh

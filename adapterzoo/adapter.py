@@ -69,7 +69,7 @@ class Adapter(nn.Module):
         return value
 
     def lock(self, locked: bool) -> None:
-        """Refuse loaded values while the layer is merged; the layer reports the error."""
+        """Refuse loaded values while the layer is merged."""
         self.locked = locked
         if self.inner is not None:
             self.inner.lock(locked)
@@ -79,12 +79,13 @@ class Adapter(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move as every module moves, but never below float32: `.half()` moves the base, not what trains."""
+        pinned = {id(value) for name in self.spec.roles if self._pinned_dtype(name) for value in self._with_grad(name)}
 
         def keep_precision(value: Tensor) -> Tensor:
             moved = fn(value)
             if not value.is_floating_point() or moved.dtype == value.dtype:
                 return moved
-            if self.factor_dtype is not None and value.dtype == self.factor_dtype:
+            if id(value) in pinned:
                 return value.to(moved.device)
             return value.to(moved.device, torch.promote_types(moved.dtype, torch.float32))
 
@@ -93,9 +94,21 @@ class Adapter(nn.Module):
         super()._apply(keep_precision, recurse=False)  # type: ignore[no-untyped-call]
         return self
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        if not self.locked:
-            super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool,
+        missing: list[str], unexpected: list[str], errors: list[str],
+    ) -> None:  # fmt: skip
+        if self.locked:
+            errors.append(f"{prefix or 'this adapter'} belongs to a merged layer and takes no values; unmerge it first")
+            return
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        for name in self.spec.roles:  # a file loaded with assign=True brings its own dtypes
+            value = self.get_parameter_or_buffer(name)
+            value.data = value.data.to(self._pinned_dtype(name) or torch.promote_types(value.dtype, torch.float32))
+
+    def _with_grad(self, name: str) -> list[Tensor]:
+        value = self.get_parameter_or_buffer(name)
+        return [value] if value.grad is None else [value, value.grad]
 
     def extra_repr(self) -> str:
         """The piece and the shapes of its own parameters."""

@@ -1,6 +1,5 @@
 """What an adapter may ask of the weight under it: four calls, and norms that are kept while the weight stands still."""
 
-import weakref
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -20,6 +19,11 @@ class Base(Protocol):
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in)."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that inputs must have outside autocast."""
         ...
 
     @property
@@ -65,18 +69,18 @@ class NormCache:
 
     The cache is bound to one tensor. Another tensor (functional_call, torch.func, an unmerged copy) is computed
     and not kept; a change of the bound tensor's storage or version is seen; `bind` and `clear` are called where a
-    change can't be seen (loading, moving, merging). Copies and pickles of a layer start with an empty cache.
+    change can't be seen (loading, moving, merging, copying). A copy or a pickle starts empty and unbound.
     """
 
     def __init__(self) -> None:
-        self._bound: weakref.ref[Tensor] | None = None
+        self._bound: int | None = None  # an id: a weak reference would forbid torch to swap the tensor's contents
         self._key: tuple[Any, ...] | None = None
         self._value: Tensor | None = None
 
     def bind(self, weight: Tensor) -> None:
         """Keep the norms of this tensor from now on."""
         self.clear()
-        self._bound = weakref.ref(weight)
+        self._bound = id(weight)
 
     def clear(self) -> None:
         """Forget the values; the binding stays."""
@@ -88,11 +92,9 @@ class NormCache:
             # A weight that trains may be changed by fused optimisers, which leave `_version` untouched.
             self.clear()
             return row_norms_sq(weight)
-        if self._bound is None or self._bound() is not weight:
+        if torch.compiler.is_compiling():  # a value frozen into a graph would be checked by nobody
             return row_norms_sq(weight)
-        if torch.compiler.is_compiling():  # what is frozen into a graph is checked by nobody: only values from before
-            return row_norms_sq(weight) if self._value is None else self._value
-        if weight.is_inference():
+        if self._bound != id(weight) or weight.is_inference():
             return row_norms_sq(weight)
         key = (weight.data_ptr(), weight._version, weight.dtype, weight.device)
         if self._value is None or key != self._key:
@@ -123,6 +125,11 @@ class DenseBase:
     def shape(self) -> tuple[int, int]:
         """(out, in)."""
         return self.weight.shape[0], self.weight.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of W."""
+        return self.weight.dtype
 
     @property
     def device(self) -> torch.device:
@@ -167,8 +174,8 @@ def _row_blocks(matrix: Tensor) -> Iterator[Tensor]:
 # Note [Wide products with a 16-bit weight]
 # A thin float32 factor times a bf16 W must not round the factor (row norms would be good to 1e-3 only), and must not
 # keep a float32 copy of W: plain autograd would save every widened block for backward. So the two products are
-# each other's backward, and both widen W block by block. Both are linear in their first argument, so double backward,
-# vmap and forward mode follow from the same two functions.
+# each other's backward, and both widen W block by block. Both are linear in their first argument, so double backward
+# and vmap follow from the same two functions. (No forward mode: a jvp of theirs would break torch.compile's graph.)
 class _Apply(torch.autograd.Function):
     generate_vmap_rule = True
 

@@ -79,6 +79,21 @@ class UninitialisedError(AdapterError, RuntimeError):
         )
 
 
+class InputDtypeError(AdapterError, RuntimeError):
+    """An input of another dtype than the weight's, outside autocast; torch.nn.Linear refuses it too.
+
+    Args:
+        layer: name of the layer.
+        given: the input's dtype.
+        wanted: the weight's dtype.
+    """
+
+    def __init__(self, layer: str, given: object, wanted: object) -> None:
+        super().__init__(
+            f"{where(layer)} has a weight of {wanted} and got an input of {given}: cast one, or use autocast"
+        )
+
+
 class UnfrozenBaseWarning(UserWarning):
     """The base weight of an adapted layer trains, so its norms are computed anew, with gradient, at every call."""
 

@@ -138,12 +138,12 @@ class FactoredWeight:
         return safe_sqrt(total).to(self._like().dtype)
 
     def update_norm(self) -> Tensor:
-        """‖W' − W‖_F: [1], in the factors' dtype, with the subgradient 0 at a zero update.
+        """‖W' − W‖_F: [1], in float64, with the subgradient 0 at a zero update.
 
         ‖W' − W‖²_F = Σ δ_i²‖w_i‖² + 2 Σ δ_i ⟨(W Vᵀ)_i, U_i⟩ + tr((UᵀU)(V Vᵀ)), clamped at zero before the root.
         """
         if self.remainder is not None:
-            return safe_sqrt(row_norms_sq(self.dense_update()).sum()[None]).to(self.remainder.dtype)
+            return safe_sqrt(row_norms_sq(self.dense_update()).sum()[None])
         total = self.base.row_norms_sq().new_zeros(1)
         if self.U is not None and self.V is not None:
             left = wide(self.U)
@@ -153,7 +153,7 @@ class FactoredWeight:
             total = total + (delta.square() * self.base.row_norms_sq()).sum()
             if self.U is not None and self.V is not None:
                 total = total + 2 * (delta * self._cross_terms(self.U, self.V)[0]).sum()
-        return safe_sqrt(total).to(self._like().dtype)
+        return safe_sqrt(total)
 
     def dense_update(self) -> Tensor:
         """W' − W as a matrix: [out, in], without subtracting: the definition of the normal form."""

@@ -1,9 +1,10 @@
 """AdaptedLinear: a base layer, a spec and parameters. It knows no piece by name."""
 
+import operator
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch.nn.utils import parametrize
 from adapterzoo.adapter import Adapter
 from adapterzoo.base import DenseBase, NormCache
 from adapterzoo.errors import (
+    InputDtypeError,
     MergedError,
     MisfitError,
     SpecError,
@@ -23,10 +25,10 @@ from adapterzoo.errors import (
 )
 from adapterzoo.factored import FactoredWeight
 from adapterzoo.functional import factored_linear
-from adapterzoo.pieces import Piece, Site, misfit
+from adapterzoo.pieces import Piece, Site, check_is_spec, misfit
 
-# What user code may hang on a module. A layer and its base share these tables, so hooks keep firing, handles keep
-# removing them, and nothing is lost on the way back.
+# Hooks that user code may hang on a module's forward and backward. A layer and its base share these tables, so hooks
+# keep firing, handles keep removing them, and they are there on the way back.
 _HOOK_TABLES = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -36,6 +38,23 @@ _HOOK_TABLES = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
+
+
+_FILE_HOOKS = (
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class Merge(NamedTuple):
+    """What a merge will store: W', the base weight to keep (None: it is dropped), and where it was asked to be."""
+
+    weight: Tensor
+    kept: Tensor | None
+    base_device: torch.device | str | None
 
 
 class AdaptedLinear(nn.Module):
@@ -55,8 +74,8 @@ class AdaptedLinear(nn.Module):
         spec: what adapts it, such as MAP(AdaLoRA(r=16)).
         seed: seed of the initial values, together with `name`; the global random state is neither read nor changed.
         name: the layer's name in its model, for streams of random numbers and for messages.
-        adapter_dtype: dtype of the adapter's factors; by default that of the weight, but at least float32. Magnitudes
-            and rotations are float32 or wider in any case.
+        adapter_dtype: torch.bfloat16 or torch.float32 for the adapter's factors; by default they have the weight's
+            dtype, but at least float32. Magnitudes and rotations are float32 or wider in any case.
 
     Raises:
         UnsupportedLayerError: base is not an nn.Linear with an ordinary floating-point weight.
@@ -90,8 +109,10 @@ class AdaptedLinear(nn.Module):
         problem = unsupported(base)
         if problem is not None:
             raise UnsupportedLayerError(name, type(base).__name__, problem)
-        check_fits(spec, base, name)
-        self.name, self.seed = name, seed
+        check_is_spec(spec, f"{where(name)} needs a spec")
+        check_adapter_dtype(adapter_dtype)
+        _check_fits(spec, base, name)
+        self.name, self.seed = name, check_seed(seed)
         self.merged, self.disabled, self._warned = False, False, False
         self._base_device: torch.device | str | None = None
         self._norms = NormCache()
@@ -105,9 +126,10 @@ class AdaptedLinear(nn.Module):
             self.__dict__[table] = base.__dict__[table]
         self._is_full_backward_hook = base._is_full_backward_hook
         self._guard = self.register_forward_pre_hook(_keeps_fused_paths_away)
+        self.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
         self.register_buffer("unmerged_weight", None, persistent=False)
         self.adapter = adapter
-        self._initialised = not base.weight.is_meta
+        self._initialised, self._whole_file = not base.weight.is_meta, False
         self.train(base.training)
 
     @property
@@ -129,11 +151,16 @@ class AdaptedLinear(nn.Module):
         """Apply W' and the bias: [..., in] -> [..., out].
 
         Raises:
+            InputDtypeError: the input has another dtype than the weight, outside autocast.
             MergedError: the layer is merged and a gradient of the adapter is asked for.
             UninitialisedError: the adapter was allocated on the meta device and has no values yet.
         """
-        if x.is_nested:  # nn.TransformerEncoder makes one of padded batches in evaluation
-            return torch.nested.as_nested_tensor([self.forward(part) for part in x.unbind()])
+        if x.is_nested:
+            return self._forward_nested(x)
+        if self.weight.requires_grad:
+            self._norms.clear()  # fused optimisers change a weight without a trace
+        if x.dtype != self.weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise InputDtypeError(self.name, x.dtype, self.weight.dtype)
         if self.disabled:
             return F.linear(x, self._base_weight(), self.bias)
         if self.merged:
@@ -180,29 +207,32 @@ class AdaptedLinear(nn.Module):
             base_device: where to keep it; where it is by default.
 
         Raises:
-            MergedError: merged already, or W' is not finite. Nothing was changed.
+            MergedError: merged already, W' is not finite, or base_device can't keep anything. Nothing was changed.
         """
-        self.commit_merge(self.merged_weight(), keep_base, base_device)
+        self.commit_merge(self.prepare_merge(keep_base, base_device))
 
-    def merged_weight(self) -> Tensor:
-        """W' as `merge` would store it, checked; the layer is left as it is.
+    def prepare_merge(self, keep_base: bool = True, base_device: torch.device | str | None = None) -> "Merge":
+        """Everything that `merge` computes and that can fail; the layer is left as it is.
 
         Raises:
-            MergedError: merged already, or W' is not finite.
+            MergedError: as `merge`.
         """
         if self.merged:
             raise MergedError(f"{where(self.name)} is already merged; unmerge it first")
+        self.check_own_weight()
+        if base_device is not None and torch.device(base_device).type == "meta":
+            raise MergedError(f"{where(self.name)}: the meta device can't keep a base weight; keep_base=False drops it")
         with torch.inference_mode(False), torch.no_grad():
             weight = self.effective_weight()
+            kept = self.weight.detach().to(base_device or self.weight.device) if keep_base else None
         if not bool(torch.isfinite(weight).all()):
             raise MergedError(f"{where(self.name)} has an effective weight that is not finite; nothing was merged")
-        return weight
+        return Merge(weight, kept, base_device)
 
-    def commit_merge(self, weight: Tensor, keep_base: bool, base_device: torch.device | str | None) -> None:
-        """Store what `merged_weight` gave; can't fail half-way."""
-        self.unmerged_weight = self.weight.detach().to(base_device or self.weight.device) if keep_base else None
-        self._base_device = base_device
-        self._swap(weight, merged=True)
+    def commit_merge(self, merge: "Merge") -> None:
+        """Take what `prepare_merge` gave: assignments only, nothing that can fail."""
+        self.unmerged_weight, self._base_device = merge.kept, merge.base_device
+        self._swap(merge.weight, merged=True)
 
     def unmerge(self) -> None:
         """Put the base weight back, bit for bit.
@@ -211,8 +241,9 @@ class AdaptedLinear(nn.Module):
             MergedError: not merged, or merged with keep_base=False. Nothing was changed.
         """
         self.check_unmergeable()
-        self._swap(self._base_weight().to(self.weight.device), merged=False)
+        base_weight = self._base_weight()
         self.unmerged_weight = None
+        self._swap(base_weight, merged=False)
 
     def check_unmergeable(self) -> None:
         """Raise a MergedError unless `unmerge` can do its work."""
@@ -221,9 +252,18 @@ class AdaptedLinear(nn.Module):
         if self.unmerged_weight is None:
             raise MergedError(f"{where(self.name)} was merged with keep_base=False: its base weight is gone")
 
+    def check_own_weight(self) -> None:
+        """Raise a MergedError unless the weight is a parameter of its own, which can be replaced."""
+        if not isinstance(self._parameters.get("weight"), nn.Parameter):
+            raise MergedError(
+                f"{where(self.name)} was pruned or parametrised after it was adapted, so its weight can't be replaced; "
+                "undo that first (prune.remove, parametrize.remove_parametrizations)"
+            )
+
     def release(self) -> nn.Module:
         """The base layer, with the parameters as they are now; this layer is of no use afterwards."""
         self._guard.remove()
+        self.base._is_full_backward_hook = self._is_full_backward_hook
         self.base.train(self.training)
         return self.base
 
@@ -241,7 +281,9 @@ class AdaptedLinear(nn.Module):
             raise MergedError(f"{where(self.name)} is merged; unmerge it before resetting its adapter")
         if self.weight.is_meta:
             raise UninitialisedError(self.name)
-        self.seed = self.seed if seed is None else seed
+        self.seed = self.seed if seed is None else check_seed(seed)
+        if self._on_meta():
+            self.adapter.to_empty(device=self.weight.device)
         self.refresh()
         self.adapter.reset(self._site())
         self._initialised = True
@@ -282,14 +324,36 @@ class AdaptedLinear(nn.Module):
                 "run the forward under torch.no_grad(), or unmerge first"
             )
 
+    def _forward_nested(self, x: Tensor) -> Tensor:
+        """Token by token, as every linear layer; nn.TransformerEncoder nests padded batches in evaluation."""
+        if x.layout == torch.jagged:
+            offsets = x.offsets()  # type: ignore[attr-defined]
+            return torch.nested.nested_tensor_from_jagged(self.forward(x.values()), offsets)
+        return torch.nested.as_nested_tensor([self.forward(part) for part in x.unbind()])
+
+    def _on_meta(self) -> bool:
+        return any(value.is_meta for value in self.adapter.state_dict().values())
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        was_meta = self._on_meta()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.unmerged_weight is not None and self._base_device is not None:
             self.unmerged_weight = self.unmerged_weight.to(self._base_device)
-        if any(value.is_meta for value in self.adapter.state_dict().values()):
+        if was_meta or self._on_meta():
             self._initialised = False
         self.refresh()
         return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.disabled = False  # a copy that is made inside `disabled(model)` is made to last
+        self.refresh()
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As every module does; a new weight has new norms."""
+        super().register_parameter(name, param)
+        if name == "weight" and param is not None and "_norms" in self.__dict__:
+            self._norms.bind(param)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -304,8 +368,11 @@ class AdaptedLinear(nn.Module):
             errors.append(f"{where(self.name)} is merged and takes no values; unmerge it before loading")
             return
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
-        own = [f"{prefix}adapter.{name}" for name in self.adapter.state_dict()]
-        self._initialised = self._initialised or all(name in state_dict for name in own)
+        self._whole_file = all(f"{prefix}adapter.{name}" in state_dict for name in self.adapter.state_dict())
+
+    def after_load(self) -> None:
+        """Take note of loaded values: a file with the whole adapter initialises it, if it is not on the meta device."""
+        self._initialised = (self._initialised or self._whole_file) and not self._on_meta()
         self.refresh()
 
     def extra_repr(self) -> str:
@@ -319,27 +386,47 @@ class AdaptedLinear(nn.Module):
 
 def unsupported(module: nn.Module) -> str | None:
     """Say why AdaptedLinear can't stand in for a module; None if it can."""
-    if isinstance(module, AdaptedLinear):
+    # torch lets an instance have a forward of its own, and libraries that place models on devices use that.
+    if isinstance(module, AdaptedLinear) or _keeps_fused_paths_away in module._forward_pre_hooks.values():
         return "it is adapted already, and a layer takes one adapter; unload it first, or compose the specs"
     if not isinstance(module, nn.Linear):
         return "only nn.Linear layers can be adapted so far"
     if parametrize.is_parametrized(module):
         return "it is parametrised; remove the parametrisation first (torch.nn.utils.parametrize)"
-    if type(module).forward is not nn.Linear.forward:
-        return "its class has a forward of its own, which an adapter would bypass"
+    if type(module).forward is not nn.Linear.forward or "forward" in vars(module):
+        return "it has a forward of its own, which an adapter would bypass"
     if isinstance(module.weight, nn.parameter.UninitializedParameter):
         return "its shape is not known yet; run the model once first"
-    if type(module.weight) is not nn.Parameter or not module.weight.is_floating_point():
+    kept = [*module._buffers, *module._modules, *(table for table in _FILE_HOOKS if vars(module)[table])]
+    if kept:
+        return f"it holds what an adapted layer would lose: {', '.join(kept)}"
+    if type(module.weight) is not nn.Parameter or module.weight.dtype not in _DTYPES:
         return f"its weight is a {type(module.weight).__name__} of {module.weight.dtype}, not an ordinary matrix"
     return None
 
 
-def check_fits(spec: object, base: nn.Linear, name: str) -> None:
-    """Raise a SpecError or MisfitError unless spec is a spec that fits the layer."""
-    if isinstance(spec, type) and issubclass(spec, Piece):
-        raise SpecError(f"{where(name)} was given the class {spec.__name__}; build it: {spec.__name__}(...)")
-    if not isinstance(spec, Piece):
-        raise SpecError(f"{where(name)} needs a spec such as MAP(LoRA(r=8)), not {spec!r}")
+def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
+    """The adapted layers of a model by name, each once; none is fine."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
+
+
+def check_seed(seed: object) -> int:
+    """The seed as an int; raise a SpecError unless it is a whole number (1.0 would draw other values than 1)."""
+    try:
+        if not isinstance(seed, bool):
+            return operator.index(seed)  # type: ignore[arg-type]
+    except TypeError:
+        pass
+    raise SpecError(f"seed={seed!r} is not valid: it should be a whole number")
+
+
+def check_adapter_dtype(dtype: torch.dtype | None) -> None:
+    """Raise a SpecError unless an adapter's factors may have this dtype."""
+    if dtype not in (None, torch.bfloat16, torch.float32):
+        raise SpecError(f"adapter_dtype={dtype!r} is not valid: it should be torch.bfloat16, torch.float32 or None")
+
+
+def _check_fits(spec: Piece, base: nn.Linear, name: str) -> None:
     problem = misfit(spec, base.out_features, base.in_features)
     if problem is not None:
         raise MisfitError(name, (base.out_features, base.in_features), repr(spec), problem)
@@ -361,6 +448,11 @@ def _frozen(module: nn.Module) -> Iterator[None]:
 
 def _factor_dtype(weight: Tensor) -> torch.dtype:
     return torch.promote_types(weight.dtype, torch.float32)
+
+
+def _after_load(layer: nn.Module, keys: Any) -> None:
+    assert isinstance(layer, AdaptedLinear)
+    layer.after_load()
 
 
 def _keeps_fused_paths_away(module: nn.Module, args: Any) -> None:

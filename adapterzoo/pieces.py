@@ -3,10 +3,10 @@
 import hashlib
 import math
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError
@@ -106,21 +106,23 @@ class Site:
 
     def normal(self, parameter: str, *shape: int, std: float) -> Tensor:
         """Draw from N(0, std²), from the parameter's own stream."""
-        if self.base.device.type == "meta":
-            return self.zeros(*shape)
-        draw = torch.empty(shape, dtype=torch.float32).normal_(0.0, std, generator=self._stream(parameter))
-        return draw.to(self.base.device, self.dtype)
+        return self._draw(parameter, shape, lambda draw, stream: draw.normal_(0.0, std, generator=stream))
 
     def uniform(self, parameter: str, *shape: int, bound: float) -> Tensor:
         """Draw from U(−bound, bound), from the parameter's own stream."""
-        if self.base.device.type == "meta":
-            return self.zeros(*shape)
-        draw = torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=self._stream(parameter))
-        return draw.to(self.base.device, self.dtype)
+        return self._draw(parameter, shape, lambda draw, stream: draw.uniform_(-bound, bound, generator=stream))
 
     def kaiming_uniform(self, parameter: str, *shape: int, fan: int) -> Tensor:
         """Draw as torch.nn.init.kaiming_uniform_(a=√5) does: U(−1/√fan, 1/√fan)."""
         return self.uniform(parameter, *shape, bound=1 / math.sqrt(max(fan, 1)))
+
+    def _draw(
+        self, parameter: str, shape: tuple[int, ...], fill: Callable[[Tensor, torch.Generator], Tensor]
+    ) -> Tensor:
+        if self.base.device.type == "meta":
+            return self.zeros(*shape)
+        draw = fill(torch.empty(shape, dtype=torch.float32, device="cpu"), self._stream(parameter))
+        return draw.to(self.base.device, self.dtype)
 
     def _stream(self, parameter: str) -> torch.Generator:
         key = f"{self.seed}/{self.layer}/{self.depth}/{parameter}".encode()
@@ -143,7 +145,7 @@ class Piece(BaseModel):
     always_shown: ClassVar[frozenset[str]] = frozenset()
     """Fields that `repr` shows also where they have their default."""
 
-    def __init__(self, *args: Any, **fields: Any) -> None:
+    def __init__(self, /, *args: Any, **fields: Any) -> None:
         name = type(self).__name__
         if args:
             raise SpecError(_positional(name, args))
@@ -151,6 +153,8 @@ class Piece(BaseModel):
             super().__init__(**fields)
         except ValidationError as error:
             raise SpecError(_sentences(type(self), fields, error)) from None
+        except OverflowError as error:
+            raise SpecError(f"{name}: {error}") from None
 
     @property
     @abstractmethod
@@ -166,16 +170,22 @@ class Piece(BaseModel):
         """Make the parameters' initial values, by the names in `roles`."""
 
     def shown_fields(self) -> dict[str, Any]:
-        """The fields without which the spec would be another one, and those always shown, in order of declaration."""
-        kept = {name: getattr(self, name) for name in type(self).model_fields}
-        for name in [name for name in kept if name not in self.always_shown]:
-            rest = {key: value for key, value in kept.items() if key != name}
-            try:
-                if type(self)(**rest) == self:
-                    kept = rest
-            except SpecError:
-                continue
-        return kept
+        """The fields that `repr` shows: without them the spec would be another one, or they are always shown."""
+        return {
+            name: getattr(self, name)
+            for name, field in type(self).model_fields.items()
+            if name in self.always_shown or field.is_required() or getattr(self, name) != field.default
+        }
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """The spec with other values in some fields, validated as if it were built anew."""
+        return type(self)(**{**self.shown_fields(), **(update or {})})
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in type(self).model_fields:
+            kind = type(self).__name__
+            raise SpecError(f"specs are frozen, {kind}.{name} too; build another one: {kind}({name}={value!r}, ...)")
+        super().__setattr__(name, value)
 
     def __repr__(self) -> str:
         fields = self.shown_fields()
@@ -207,7 +217,7 @@ class Wrapper(Piece):
     inner: SerializeAsAny[Piece] = Field(kw_only=False)
     """What is wrapped: a generator or another wrapper."""
 
-    def __init__(self, *args: Any, **fields: Any) -> None:
+    def __init__(self, /, *args: Any, **fields: Any) -> None:
         name = type(self).__name__
         if len(args) > 1:
             raise SpecError(f"{name} takes one inside; its options are keywords: {_signature(type(self))}")
@@ -216,11 +226,7 @@ class Wrapper(Piece):
         fields.update(zip(("inner",), args, strict=False))
         if "inner" not in fields:
             raise SpecError(f"{name} wraps something: {name}(LoRA(r=8)), say; it was given no inside")
-        inside = fields["inner"]
-        if isinstance(inside, type) and issubclass(inside, Piece):
-            raise SpecError(f"{name} was given the class {inside.__name__}; build it: {name}({inside.__name__}(...))")
-        if not isinstance(inside, Piece):
-            raise SpecError(f"{name} wraps a generator or a wrapper, not {inside!r} ({type(inside).__name__})")
+        check_is_spec(fields["inner"], f"{name} wraps a spec")
         super().__init__(**fields)
 
     @property
@@ -231,6 +237,20 @@ class Wrapper(Piece):
     @abstractmethod
     def condition(self, inner: FactoredWeight, params: Parameters, site: Site) -> FactoredWeight:
         """f(W, W_inner; φ) in normal form, from the inside's normal form and the parameters' values."""
+
+
+def check_is_spec(value: object, what: str) -> None:
+    """Raise a SpecError unless the value is a spec.
+
+    Args:
+        value: what a user gave.
+        what: the start of the sentence: who needs a spec.
+    """
+    if isinstance(value, type) and issubclass(value, Piece):
+        raise SpecError(f"{what}, but got the class {value.__name__}; build it: {value.__name__}(...)")
+    if not isinstance(value, Piece):
+        hint = "; parse(text) reads one from text" if isinstance(value, str) else ""
+        raise SpecError(f"{what} such as MAP(LoRA(r=8)), not {value!r} ({type(value).__name__}){hint}")
 
 
 def layers_of(spec: Piece) -> list[Piece]:
@@ -290,7 +310,8 @@ def _sentences(kind: type[Piece], fields: Mapping[str, Any], error: ValidationEr
         if item["type"] == "extra_forbidden":
             found[f"no field {field!r}"] = [f"its fields are {', '.join(known)}{did_you_mean(field, known)}"]
         else:
-            valid = item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+            described = kind.model_fields[field].description if field in kind.model_fields else None
+            valid = described or item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
             found.setdefault(f"{field}={fields.get(field)!r} is not valid", []).append(f"it should be {valid}")
     return f"{kind.__name__}: " + "; ".join(
         f"{what}: {', or '.join(dict.fromkeys(why))}" for what, why in found.items()

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from adapterzoo.errors import TargetError, listing
-from adapterzoo.layer import AdaptedLinear
+from adapterzoo.layer import adapted_layers
 from adapterzoo.pieces import Piece, Role, layers_of
 
 
@@ -37,9 +37,10 @@ class Plan:
     Args:
         adapted: the adapted layers.
         left_alone: the other linear layers.
-        trained: names of other parameters that stay trainable by the user's wish.
+        trained: other modules with parameters that train, such as a new head.
         total_parameters: parameters of the model with its adapters.
         trainable_parameters: those that train.
+        model: the model; `verify` runs it.
     """
 
     adapted: tuple[Adapted, ...]
@@ -86,9 +87,12 @@ class Plan:
             example_input: a tensor, a tuple of arguments, or a mapping of keyword arguments.
 
         Raises:
-            TargetError: a layer that was not called: its adapter would change nothing and get no gradient.
+            TargetError: a layer that was not called: its adapter would change nothing and get no gradient; or there is
+                no adapted layer.
         """
-        layers = {name: module for name, module in self.model.named_modules() if isinstance(module, AdaptedLinear)}
+        layers = adapted_layers(self.model)
+        if not layers:
+            raise TargetError("the model has no adapted layer any more")
         called: set[int] = set()
         handles = [layer.register_forward_hook(lambda module, *_: called.add(id(module))) for layer in layers.values()]
         modes = {module: module.training for module in self.model.modules()}

@@ -118,14 +118,21 @@ def from_json(text: str) -> Piece:
         UnknownPieceError: a name that is not registered.
         SpecError: no JSON, another schema version, an unknown field or a bad value.
     """
+    if not isinstance(text, str):
+        raise SpecError(f"from_json reads text, not {type(text).__name__}")
     try:
-        tree = json.loads(text)
+        tree = json.loads(text, object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:
+        if isinstance(error, SpecError):
+            raise
         raise SpecError(f"not JSON: {error}") from None
-    if not isinstance(tree, dict) or tree.get("schema") != SCHEMA:
+    if not isinstance(tree, dict) or type(tree.get("schema")) is not int or tree["schema"] != SCHEMA:
         found = tree.get("schema") if isinstance(tree, dict) else type(tree).__name__
         raise SpecError(f'a spec in JSON is an object with "schema": {SCHEMA}; found {found!r}')
-    return _from_tree({key: value for key, value in tree.items() if key != "schema"})
+    try:
+        return _from_tree({key: value for key, value in tree.items() if key != "schema"})
+    except RecursionError:
+        raise SpecError("a spec that is nested this deeply is refused") from None
 
 
 def _claim(name: str, owner: object) -> None:
@@ -147,6 +154,8 @@ def _read_spec(node: ast.expr, text: str) -> Piece:
     for keyword in node.keywords:
         if keyword.arg is None:
             raise SpecError(f"** has no place in a spec: {_short(text)}")
+        if keyword.arg in fields:
+            raise SpecError(f"{name} got {keyword.arg} twice in {_short(text)}")
         is_inside = keyword.arg == "inner" and isinstance(keyword.value, ast.Call)
         fields[keyword.arg] = _read_spec(keyword.value, text) if is_inside else _read_value(keyword.value, text)
     inside = [_read_spec(argument, text) for argument in node.args]
@@ -159,7 +168,7 @@ def _read_spec(node: ast.expr, text: str) -> Piece:
 def _read_value(node: ast.expr, text: str) -> Any:
     try:
         return ast.literal_eval(node)
-    except ValueError:
+    except (ValueError, TypeError):
         source = _short(_source(node, text))
         raise SpecError(f"{source} in {_short(text)} is not a number, string, True, False, None or tuple") from None
 
@@ -176,6 +185,14 @@ def _to_tree(spec: Piece) -> dict[str, Any]:
     fields = {name: getattr(spec, name) for name in type(spec).model_fields}
     inside = {"inner": _to_tree(fields.pop("inner"))} if "inner" in fields else {}
     return {"piece": type(spec).__name__, **inside, **fields}
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        twice = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
+        raise SpecError(f"the key {_short(twice)} stands twice in one object")
+    return fields
 
 
 def _from_tree(tree: Any) -> Piece:

@@ -1,14 +1,14 @@
 """Operations on whole models: adapt, merge, unmerge, unload, disable. Each one does all of its work or nothing."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
-from adapterzoo.errors import MergedError, SpecError, TargetError, UnsupportedLayerError, listing
-from adapterzoo.layer import AdaptedLinear, unsupported
-from adapterzoo.pieces import Piece
+from adapterzoo.errors import MergedError, TargetError, UninitialisedError, UnsupportedLayerError, listing
+from adapterzoo.layer import AdaptedLinear, adapted_layers, check_adapter_dtype, check_seed, unsupported
+from adapterzoo.pieces import Piece, check_is_spec
 from adapterzoo.plan import Adapted, LeftAlone, Plan
 from adapterzoo.targets import ALL_LINEAR, Pattern, Selection, Targets, select
 
@@ -49,7 +49,8 @@ def adapt(
     Raises:
         TargetError: an entry that matches nothing or can't be honoured, a layer adapted twice.
         UnsupportedLayerError: the model is itself a layer to be adapted.
-        SpecError: no spec. In every case nothing was changed.
+        SpecError: no spec, or a bad seed or adapter_dtype.
+        MergedError: the model has merged layers. In every case nothing was changed.
 
     Example:
         >>> import torch
@@ -65,7 +66,12 @@ def adapt(
         44 of 256 parameters train (17.188%)
     """
     _check_arguments(model, spec, targets)
+    check_adapter_dtype(adapter_dtype)
+    check_seed(seed)
     selection = select(model, spec, targets, exclude, train)
+    merged = [name for name, layer in adapted_layers(model).items() if layer.merged]
+    if merged:
+        raise MergedError(f"unmerge before adapting further; these layers are merged:{listing(merged)}")
     first = not adapted_layers(model)
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     built: list[AdaptedLinear] = []
@@ -100,13 +106,14 @@ def merge(model: nn.Module, keep_base: bool = True, base_device: torch.device | 
         base_device: where to keep them, such as "cpu".
 
     Raises:
-        MergedError: a layer that is merged already or whose W' is not finite. Nothing was changed.
+        MergedError: a layer that is merged already, whose W' is not finite, or a base_device that can't keep anything.
+            Nothing was changed.
         TargetError: no adapted layer.
     """
-    layers = list(_layers(model).values())
-    merged = [layer.merged_weight() for layer in layers]
-    for layer, weight in zip(layers, merged, strict=True):
-        layer.commit_merge(weight, keep_base, base_device)
+    layers = _layers(model).values()
+    prepared = [(layer, layer.prepare_merge(keep_base, base_device)) for layer in layers]
+    for layer, merged in prepared:
+        layer.commit_merge(merged)
 
 
 def unmerge(model: nn.Module) -> None:
@@ -136,18 +143,22 @@ def unload(model: nn.Module, *, merge: bool) -> nn.Module:
         The model itself; for a single AdaptedLinear, its base layer.
 
     Raises:
-        MergedError: a layer whose W' is not finite, or whose base weight is gone. Nothing was changed.
+        MergedError: a layer whose W' is not finite, whose base weight is gone, or that was pruned or parametrised after
+            it was adapted. Nothing was changed.
         TargetError: no adapted layer.
     """
     layers = _layers(model)
-    weights = {name: layer.merged_weight() for name, layer in layers.items() if merge and not layer.merged}
+    prepared = {
+        name: layer.prepare_merge(keep_base=False) for name, layer in layers.items() if merge and not layer.merged
+    }
     for layer in layers.values():
+        layer.check_own_weight()
         if layer.merged and not merge:
             layer.check_unmergeable()
     plain: dict[int, nn.Module] = {}
     for name, layer in layers.items():
-        if name in weights:
-            layer.commit_merge(weights[name], keep_base=False, base_device=None)
+        if name in prepared:
+            layer.commit_merge(prepared[name])
         elif layer.merged and not merge:
             layer.unmerge()
         plain[id(layer)] = layer.release()
@@ -161,15 +172,15 @@ def unload(model: nn.Module, *, merge: bool) -> nn.Module:
 def disabled(model: nn.Module) -> Iterator[None]:
     """Run with the base weights, as if nothing were adapted, also while merged.
 
+    Raises:
+        TargetError: no adapted layer.
+
     Example:
         >>> import torch
         >>> from adapterzoo import AdaptedLinear, LoRA, disabled
         >>> layer = AdaptedLinear(torch.nn.Linear(4, 3), LoRA(r=2))
         >>> with disabled(layer):
         ...     _ = layer(torch.ones(4))
-
-    Raises:
-        TargetError: no adapted layer.
     """
     before = {layer: layer.disabled for layer in _layers(model).values()}
     try:
@@ -198,8 +209,10 @@ def reset_adapters(model: nn.Module, seed: int | None = None) -> None:
     merged = [layer.name for layer in layers if layer.merged]
     if merged:
         raise MergedError(f"unmerge before resetting; these layers are merged:{listing(merged)}")
-    meta = [layer for layer in layers if layer.weight.is_meta]
-    for layer in meta or layers:
+    for layer in layers:
+        if layer.weight.is_meta:
+            raise UninitialisedError(layer.name)
+    for layer in layers:
         layer.reset(seed)
 
 
@@ -207,11 +220,6 @@ def refresh(model: nn.Module) -> None:
     """Forget what is kept of the base weights: call it after writing to them through `.data`."""
     for layer in _layers(model).values():
         layer.refresh()
-
-
-def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
-    """The adapted layers of a model by name, each once; none is fine."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
 
 
 def _layers(model: nn.Module) -> dict[str, AdaptedLinear]:
@@ -224,9 +232,12 @@ def _layers(model: nn.Module) -> dict[str, AdaptedLinear]:
 def _check_arguments(model: nn.Module, spec: Piece | None, targets: Targets) -> None:
     if not isinstance(model, nn.Module):
         raise TargetError(f"adapt changes a torch.nn.Module, not {type(model).__name__}")
-    if spec is not None and not isinstance(spec, Piece):
-        shown = f"the class {spec.__name__}; build it: {spec.__name__}(...)" if isinstance(spec, type) else repr(spec)
-        raise SpecError(f"adapt needs a spec such as MAP(LoRA(r=8)), not {shown}")
+    if spec is not None:
+        check_is_spec(spec, "adapt needs a spec")
+    if isinstance(targets, Mapping):
+        for key, value in targets.items():
+            if value is not None:
+                check_is_spec(value, f"target {key!r} needs a spec or None")
     if isinstance(model, (nn.Linear, AdaptedLinear)):
         problem = (
             unsupported(model)
@@ -242,6 +253,16 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     model.get_submodule(parent)._modules[child] = module
 
 
+def _trained_elsewhere(model: nn.Module) -> tuple[str, ...]:
+    """Names of the modules, other than adapters, with parameters of their own that train."""
+    owned = {id(p) for layer in adapted_layers(model).values() for p in layer.adapter.parameters()}
+    return tuple(
+        name or "the model's own parameters"
+        for name, module in model.named_modules()
+        if any(p.requires_grad and id(p) not in owned for p in module.parameters(recurse=False))
+    )
+
+
 def _plan(model: nn.Module, built: list[AdaptedLinear], selection: Selection) -> Plan:
     parameters = list(model.parameters())
     return Plan(
@@ -251,7 +272,7 @@ def _plan(model: nn.Module, built: list[AdaptedLinear], selection: Selection) ->
             for layer, (item, _) in zip(built, selection.chosen, strict=True)
         ),
         left_alone=tuple(LeftAlone(item.name, reason) for item, reason in selection.skipped),
-        trained=tuple(dict.fromkeys(selection.trained.values())),
+        trained=_trained_elsewhere(model),
         total_parameters=sum(p.numel() for p in parameters),
         trainable_parameters=sum(p.numel() for p in parameters if p.requires_grad),
         model=model,

@@ -79,11 +79,16 @@ def patterns_of(targets: Targets) -> list[Pattern]:
     """
     if isinstance(targets, str) and targets != ALL_LINEAR:
         return [_compiled(targets)]
-    if isinstance(targets, (str, re.Pattern)) or callable(targets):
+    if isinstance(targets, (str, re.Pattern)) or (callable(targets) and not isinstance(targets, nn.Module)):
         return [targets]
+    if not isinstance(targets, Sequence):
+        raise TargetError(
+            f'targets is {targets!r}; it should be "all-linear", a list of names, a regular expression, a predicate, '
+            "or a mapping of names to specs"
+        )
     patterns = list(targets)
     for pattern in patterns:
-        if not isinstance(pattern, (str, re.Pattern)) and not callable(pattern):
+        if isinstance(pattern, nn.Module) or (not isinstance(pattern, (str, re.Pattern)) and not callable(pattern)):
             raise TargetError(f"a target is a name, a regular expression or a predicate, not {pattern!r}")
     if not patterns:
         raise TargetError('targets is empty; "all-linear" means every linear layer')
@@ -132,9 +137,8 @@ class Exclusions:
             return problem
         assert isinstance(module, nn.Linear)
         for name in item.names:
-            for parameter, entry in self._trained.items():
-                if parameter.startswith(name + "."):
-                    return f"it is kept trainable by train={entry!r}"
+            if f"{name}.weight" in self._trained:
+                return f"it is kept trainable by train={self._trained[f'{name}.weight']!r}"
         if id(module) in self._inside_attention:
             return "nn.MultiheadAttention reads its weight itself, so an adapter would change nothing"
         sharers = sorted(self._owners[id(module.weight)] - {f"{name}.weight" for name in item.names})
@@ -152,7 +156,9 @@ def trained_parameters(model: nn.Module, found: Sequence[Found], train: Sequence
         TargetError: an entry that names no module and no parameter.
     """
     trained: dict[str, str] = {}
-    parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    adapted = [name + "." for item in found if isinstance(item.module, AdaptedLinear) for name in item.names]
+    everything = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    parameters = [name for name in everything if not name.startswith(tuple(adapted))]
     for entry in _list_of_names(train, "train"):
         modules = [name for item in found for name in item.names if reads_as_name(entry, name)]
         hits = [
@@ -161,7 +167,10 @@ def trained_parameters(model: nn.Module, found: Sequence[Found], train: Sequence
         ]  # fmt: skip
         if not hits:
             near = did_you_mean(entry, {*parameters, *(name for item in found for name in item.names)})
-            raise TargetError(f"train={entry!r} names no module with parameters and no parameter{near}")
+            also = (
+                " but adapted ones, whose adapters train already" if any(f"{m}." in adapted for m in modules) else near
+            )
+            raise TargetError(f"train={entry!r} names no module with parameters and no parameter{also}")
         trained.update(dict.fromkeys(hits, entry))
     return trained
 
@@ -304,7 +313,10 @@ def _output_embeddings(model: nn.Module) -> set[int]:
     embeddings = set()
     for module in model.modules():
         getter = getattr(module, "get_output_embeddings", None)
-        head = getter() if callable(getter) else None
+        try:
+            head = getter() if callable(getter) else None
+        except NotImplementedError:  # of Transformers models that have none
+            continue
         if isinstance(head, nn.Module):
             embeddings.add(id(head))
     return embeddings

@@ -53,10 +53,10 @@ def wrappers(out: int):
     """Strategies of functions inside -> wrapped."""
     ranks = st.integers(1, min(out, 3))
     return st.one_of(
-        st.sampled_from([1e-2, 0.3]).map(lambda floor: lambda inner: MAP(inner, floor=floor)),
+        st.sampled_from([1e-2, 0.3, "literal"]).map(lambda floor: lambda inner: MAP(inner, floor=floor)),
         st.booleans().map(lambda detach: lambda inner: DoRA(inner, detach_norm=detach)),
         st.just(PreDiag),
-        st.tuples(ranks, st.sampled_from(["cayley", "exp", "first_order"]), st.sampled_from([None, 1.0])).map(
+        st.tuples(ranks, st.sampled_from(["cayley", "exp", "first_order"]), st.sampled_from([None, 1.0, 0.4])).map(
             lambda t: lambda inner: SORA(inner, rank=t[0], map=t[1], damping=t[2])
         ),
     )
@@ -71,10 +71,10 @@ def specs(draw, out: int, cols: int, depth: int = 6, dropout: float = 0.0, full:
 
 
 @st.composite
-def cases(draw, dtypes=(torch.float64,), families=FAMILIES, strengths=STRENGTHS, dropout=0.0, full=True, depth=6):
+def cases(draw, dtypes=(torch.float64,), families=FAMILIES, strengths=STRENGTHS, dropouts=(0.0,), full=True, depth=6):
     out, cols = draw(sizes()), draw(sizes())
     case = Case(
-        spec=draw(specs(out, cols, depth, dropout, full)),
+        spec=draw(specs(out, cols, depth, draw(st.sampled_from(list(dropouts))), full)),
         out=out,
         cols=cols,
         lead=draw(st.sampled_from([(3,), (), (2, 3), (0,), (2, 1, 2)])),
@@ -97,7 +97,8 @@ def overflows(case: Case) -> bool:
     """Whether nested MAPs below their floors, each a gain of 1 / (floor ‖W‖), leave float32's range by definition."""
     gain, spec = 1.0, case.spec
     while isinstance(spec, Wrapper):
-        gain *= 1e2 * far(case.dtype) if isinstance(spec, MAP) and case.family == "tiny" else 1.0
+        if isinstance(spec, MAP):
+            gain *= 1e6 if spec.floor == "literal" else 1e2 * (far(case.dtype) if case.family == "tiny" else 1.0)
         spec = spec.inner
     return gain > 1e30
 

@@ -162,6 +162,8 @@ def test_an_ordered_mapping_takes_the_first_match(model):
         ({"targets": {}}, "leave out the spec"),
         ({"targets": {"q_proj": LoRA()}}, "leave out the spec"),
         ({"targets": lambda name, module: False}, "matches no module"),
+        ({"targets": None}, "targets is None; it should be"),
+        ({"targets": [nn.Linear(2, 2)]}, "a target is a name, a regular expression or a predicate, not Linear"),
         ({"targets": [3]}, "a target is a name, a regular expression or a predicate, not 3"),
         ({"targets": [""]}, "the model itself"),
         ({"targets": ["lm_head"]}, r"lm_head \(Linear\): its weight is tied to embed.weight"),
@@ -189,10 +191,18 @@ def test_bad_targets_name_what_is_wrong_and_change_nothing(model, arguments, mes
 def test_other_bad_arguments(model):
     with pytest.raises(TargetError, match="needs a spec such as"):
         adapt(model)
-    with pytest.raises(SpecError, match=r"the class LoRA; build it: LoRA\(...\)"):
+    with pytest.raises(SpecError, match=r"adapt needs a spec, but got the class LoRA; build it: LoRA\(...\)"):
         adapt(model, LoRA)
-    with pytest.raises(SpecError, match="not 'LoRA"):
+    with pytest.raises(SpecError, match=r"not 'LoRA.*parse"):
         adapt(model, "LoRA(r=8)")
+    for value in ("LoRA(r=8)", LoRA):
+        with pytest.raises(SpecError, match="target 'q_proj' needs a spec or None"):
+            adapt(model, targets={"q_proj": value})
+    with pytest.raises(SpecError, match="adapter_dtype='bf16' is not valid"):
+        adapt(model, LoRA(r=1), adapter_dtype="bf16")
+    for seed in (1.0, True, None, "1"):
+        with pytest.raises(SpecError, match="is not valid: it should be a whole number"):
+            adapt(model, LoRA(r=1), seed=seed)
     with pytest.raises(TargetError, match=r"adapt changes a torch.nn.Module, not dict"):
         adapt({}, LoRA())
     with pytest.raises(UnsupportedLayerError, match=r"write AdaptedLinear\(layer, spec\)"):
@@ -230,6 +240,13 @@ def test_adapting_twice_is_an_error_but_other_layers_may_follow(model):
         *(f"blocks.{i}.{name}_proj" for i in (0, 1) for name in "qv"), "classifier.weight", "classifier.bias"
     }  # fmt: skip
     assert {item.name: item.reason for item in plan.left_alone}["blocks.0.q_proj"] == "adapted already"
+    assert plan.trained == ("classifier",)
+    with pytest.raises(TargetError, match=r"train='q_proj' names no module.* but adapted ones"):
+        adapt(model, LoRA(r=1), targets=["mlp.0"], train=["q_proj"])
+    adapt(model, LoRA(r=1), targets=["mlp.0"], train=["blocks.0"], exclude=["blocks.0.mlp.0"])
+    assert not model.blocks[0].q_proj.weight.requires_grad
+    assert model.blocks[0].norm.weight.requires_grad
+    assert not model.blocks[1].norm.weight.requires_grad
 
 
 def test_a_shared_module_is_adapted_once_under_all_its_names(model):
@@ -450,3 +467,48 @@ def test_an_adapted_model_moves_with_the_model(model):
 def test_misfits_name_the_layer():
     with pytest.raises(MisfitError, match="layer 'up'"):
         AdaptedLinear(nn.Linear(3, 3), LoRA(r=4), name="up")
+
+
+def test_a_bias_may_train_beside_an_adapter(model):
+    plan = adapt(model, LoRA(r=1), train=["bias"])
+    assert len(plan.adapted) == 9 + 1
+    trained = {name for name, p in model.named_parameters() if p.requires_grad and ".adapter." not in name}
+    assert trained == {name for name, _ in model.named_parameters() if name.endswith("bias")}
+    y, _ = model(TOKENS)
+    y.square().sum().backward()
+    assert model.blocks[0].q_proj.bias.grad.any()
+
+
+def test_a_layer_of_two_models_is_adapted_once():
+    trunk = nn.Linear(6, 6)
+    actor, critic = nn.Sequential(trunk, nn.Linear(6, 2)), nn.Sequential(trunk, nn.Linear(6, 1))
+    adapt(actor, LoRA(r=1))
+    with pytest.raises(UnsupportedLayerError, match="adapted already"):
+        AdaptedLinear(trunk, LoRA(r=1))
+    plan = adapt(critic, LoRA(r=1))
+    assert [item.names for item in plan.adapted] == [("1",)]
+    assert "adapted already" in str(plan)
+    unload(actor, merge=False)
+    adapt(critic, LoRA(r=1), targets=["0"])
+
+
+def test_models_with_merged_layers_are_not_adapted_further(model):
+    adapt(model, LoRA(r=1), targets=["q_proj"])
+    merge(model)
+    with pytest.raises(MergedError, match=r"unmerge before adapting[\s\S]*blocks.0.q_proj"):
+        adapt(model, LoRA(r=1), targets=["v_proj"])
+
+
+def test_verify_needs_something_to_verify(model):
+    plan = adapt(model, LoRA(r=1))
+    unload(model, merge=False)
+    with pytest.raises(TargetError, match="no adapted layer"):
+        plan.verify(TOKENS)
+
+
+def test_a_model_that_does_not_tell_its_output_embeddings(model):
+    def raises():
+        raise NotImplementedError
+
+    model.get_output_embeddings = raises
+    adapt(model, LoRA(r=1))

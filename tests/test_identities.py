@@ -11,6 +11,8 @@ from torch import nn
 from adapterzoo import MAP, SORA, AdaLoRA, AdaptedLinear, DoRA, FLoRA, Full, LoRA, PreDiag, PublishedSORA
 from adapterzoo.functional import factored_linear
 
+BOTH = (torch.float64, torch.float32)
+EPS = {torch.float64: 4e-15, torch.float32: 1e-6}
 ORDINARY = ("plain", "zero rows", "duplicate rows", "rank one")
 
 
@@ -27,23 +29,43 @@ def assert_close(actual, expected, tolerance=1e-9):
     assert float((actual - expected).norm()) <= tolerance * scale, (actual, expected)
 
 
-@given(cases(families=ORDINARY, depth=4), st.booleans())
+@given(cases(dtypes=BOTH, families=ORDINARY, depth=5), st.booleans())
 def test_dora_row_norms_are_its_magnitudes(case, detach):
     layer, weight, inside = wrapped(case, lambda inner: DoRA(inner, detach_norm=detach))
-    lives = inside.norm(dim=1) > 1e-6 * (inside.norm() + layer.weight.norm())
-    assume(adapted(layer.weight.detach(), tree_of(layer.adapter)[0]).kappa < 1e6)
-    assert_close(weight.norm(dim=1)[lives], layer.adapter.magnitude.detach().abs()[lives])
+    kappa = adapted(layer.weight.detach().double(), tree_of(layer.adapter)[0]).kappa
+    assume(kappa < 1e3)
+    lives = inside.norm(dim=1) > 0
+    assert_close(weight.norm(dim=1)[lives], layer.adapter.magnitude.detach().abs()[lives], kappa * EPS[case.dtype])
     dead = inside.norm(dim=1) == 0
     assert not weight[dead].any()
 
 
-@given(cases(families=ORDINARY, depth=4))
+@pytest.mark.parametrize("detach", [True, False])
+def test_a_zero_row_under_dora_stays_zero_in_value_and_gradient(detach):
+    layer = layer_with(DoRA(LoRA(r=2), detach_norm=detach))
+    with torch.no_grad():
+        layer.weight[1] = 0
+        layer.adapter.inner.B.normal_()
+        layer.adapter.inner.B[1] = 0
+        layer.adapter.magnitude.uniform_(0.5, 2)
+    assert not layer.effective_weight()[1].any()
+    layer(torch.randn(6, 7, dtype=torch.float64)).square().sum().backward()
+    for gradient in (layer.adapter.magnitude.grad, layer.adapter.inner.B.grad):
+        assert not gradient[1].any()
+        assert gradient[[0, 2, 3, 4]].any()
+
+
+@given(cases(dtypes=BOTH, families=ORDINARY, depth=5))
 def test_map_is_a_sphere_around_the_scaled_base(case):
-    layer, weight, inside = wrapped(case, MAP)
-    W = layer.weight.detach()
-    assume(float((inside - W).norm()) > 1e-2 * float(W.norm()) and float(W.norm()) > 0)
-    alpha, beta = layer.adapter.alpha.detach(), layer.adapter.beta.detach()
-    assert_close((weight - alpha * W / W.norm()).norm(), beta.abs().squeeze())
+    layer, weight, _ = wrapped(case, MAP)
+    node = adapted(layer.weight.detach().double(), tree_of(layer.adapter.inner)[0])
+    W, size = layer.weight.detach().double(), float(layer.weight.detach().double().norm())
+    assume(float(node.update.detach().norm()) > 1.001e-2 * size > 0)
+    alpha, beta = layer.adapter.alpha.detach().double(), layer.adapter.beta.detach().double()
+    radius = (weight.double() - alpha * W / size).norm()
+    terms = float(alpha.abs() + beta.abs()) * (1 + float(node.mass.norm() / node.update.detach().norm()) ** 2)
+    assume(node.kappa * terms < 1e3 * float(beta.abs()))
+    assert abs(float(radius - beta.abs())) <= EPS[case.dtype] * node.kappa * terms
 
 
 @given(cases(families=("plain",), depth=0, full=False), st.sampled_from([0.5, 3.0, 100.0]))
@@ -58,12 +80,41 @@ def test_map_ignores_the_size_of_an_update_above_its_floor(case, factor):
     assert_close(layer.effective_weight(), weight)
 
 
-@given(cases(families=ORDINARY, depth=4), st.sampled_from(["cayley", "exp"]), st.integers(1, 3))
+@given(cases(dtypes=BOTH, families=ORDINARY, depth=5), st.sampled_from(["cayley", "exp"]), st.integers(1, 3))
 def test_rotations_keep_norms_columns_and_singular_values(case, name, rank):
-    _, weight, inside = wrapped(case, lambda inner: SORA(inner, rank=min(rank, case.out), map=name))
-    assert_close(weight.norm(), inside.norm())
-    assert_close(weight.norm(dim=0), inside.norm(dim=0))
-    assert_close(torch.linalg.svdvals(weight), torch.linalg.svdvals(inside))
+    layer, weight, inside = wrapped(case, lambda inner: SORA(inner, rank=min(rank, case.out), map=name))
+    size = float(adapted(layer.weight.detach().double(), tree_of(layer.adapter)[0]).mass.norm() + layer.weight.norm())
+    tolerance = EPS[case.dtype] * size / max(float(inside.norm()), 1e-30)
+    assume(tolerance < 0.1)
+    assert_close(weight.norm(), inside.norm(), tolerance)
+    assert_close(weight.norm(dim=0), inside.norm(dim=0), tolerance)
+    assert_close(torch.linalg.svdvals(weight), torch.linalg.svdvals(inside), tolerance)
+
+
+@given(cases(families=ORDINARY, depth=4), st.sampled_from(["cayley", "exp"]), st.integers(1, 3))
+def test_the_inverse_rotation_gives_the_inside_back(case, name, rank):
+    """Exchanging C and D turns the skew matrix over: a second SORA with them exchanged undoes the first."""
+    rank = min(rank, case.out)
+    layer, _, _ = wrapped(case, lambda inner: SORA(SORA(inner, rank=rank, map=name), rank=rank, map=name))
+    outer, first = layer.adapter, layer.adapter.inner
+    with torch.no_grad():
+        outer.C.copy_(first.D)
+        outer.D.copy_(first.C)
+        once = first.weight(layer._site()).dense()
+        before = first.inner.weight(layer._site()).dense()
+    assert_close(layer.effective_weight(), before, 1e-11)
+    if case.out > 1 and before.any():
+        assert not torch.allclose(once, before, rtol=1e-6)
+
+
+@pytest.mark.parametrize("turn", [1.0, 100.0, 1000.0, 3000.0])
+def test_the_exponential_turns_far_without_stretching(turn):
+    C, D = torch.randn(2, 6, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    size = float(torch.linalg.matrix_norm(D @ C.T - C @ D.T, ord=2))
+    E = (D - C) * turn / size
+    X, Y = SORA(LoRA(r=1), rank=2, map="exp")._thin_rotation(C, C + E)
+    R = torch.eye(6, dtype=torch.float64) + X @ Y
+    assert float((R.T @ R - torch.eye(6)).norm()) < 1e-11 * max(1.0, turn)
 
 
 @given(st.integers(1, 9), st.integers(1, 3), st.integers(0, 99), st.sampled_from(["cayley", "exp"]))

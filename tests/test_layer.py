@@ -8,11 +8,11 @@ import warnings
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
 import adapterzoo as az
-from adapterzoo import MAP, SORA, AdaLoRA, AdaptedLinear, DoRA, FLoRA, Full, LoRA, PreDiag
+from adapterzoo import MAP, SORA, AdaLoRA, AdaptedLinear, DoRA, FLoRA, Full, LoRA, PreDiag, base
 from adapterzoo.errors import (
     MergedError,
     MisfitError,
@@ -23,6 +23,16 @@ from adapterzoo.errors import (
 )
 
 DEEP = MAP(DoRA(SORA(PreDiag(LoRA(r=3, alpha=5)), rank=2)))
+
+
+def with_buffer(linear):
+    linear.register_buffer("scale", torch.ones(1))
+    return linear
+
+
+def with_forward(linear):
+    linear.forward = lambda x: 100 * nn.Linear.forward(linear, x)
+    return linear
 
 
 def layer_of(spec=DEEP, dtype=torch.float32, seed=0, bias=True, **options):
@@ -169,6 +179,17 @@ def test_copies_are_equal_and_independent(x, merged):
             assert torch.equal(layer(x), before)
 
 
+def test_copies_keep_the_norms_of_the_base(x, monkeypatch):
+    calls = []
+    original = base.row_norms_sq
+    monkeypatch.setattr(base, "row_norms_sq", lambda matrix: calls.append(1) or original(matrix))
+    for other in copies(layer_of()):
+        calls.clear()
+        for _ in range(3):
+            other(x)
+        assert len(calls) == 1
+
+
 def test_in_a_sequential_with_an_inplace_activation_and_checkpointing(x):
     model = nn.Sequential(layer_of(), nn.ReLU(inplace=True), nn.Linear(5, 2))
     model(x).sum().backward()
@@ -205,13 +226,18 @@ def test_functional_call_vmap_and_grad(x):
     torch.testing.assert_close(both[1], torch.func.functional_call(layer, {n: v[1] for n, v in stacked.items()}, (x,)))
 
 
-@pytest.mark.parametrize("spec", [LoRA(r=3), DEEP, MAP(FLoRA(r=3)), DoRA(AdaLoRA(r=2))], ids=repr)
-def test_compiles_into_one_graph(spec, x):
-    layer = layer_of(spec)
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own, of any Function
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spec", [LoRA(r=3), DEEP, MAP(FLoRA(r=3)), DoRA(AdaLoRA(r=2)), SORA(Full())], ids=repr)
+def test_compiles_into_one_graph(spec, dtype, x):
+    layer, x = layer_of(spec, dtype), x.to(dtype)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), layer(x))
     compiled(x).sum().backward()
     assert all(parameter.grad is not None for parameter in layer.adapter.parameters())
+    with torch.no_grad():
+        layer.weight.mul_(2)  # a compiled graph holds nothing of the old weight
+    torch.testing.assert_close(compiled(x), layer(x))
     torch.compiler.reset()
 
 
@@ -231,6 +257,52 @@ def test_dtypes_follow_the_rule(x):
     values = {name: value.clone() for name, value in layer.adapter.state_dict().items()}
     layer.to(torch.bfloat16)
     assert all(torch.equal(value, values[name]) for name, value in layer.adapter.state_dict().items())
+
+
+def test_only_factors_are_pinned():
+    layer = layer_of(DoRA(LoRA(r=2)), torch.float64, adapter_dtype=torch.float32)
+    dtypes = {name: value.dtype for name, value in layer.adapter.state_dict().items()}
+    assert dtypes == {"magnitude": torch.float64, "inner.A": torch.float32, "inner.B": torch.float32}
+    layer(torch.randn(2, 7, dtype=torch.float64)).sum().backward()
+    layer.float().double()
+    assert {name: value.dtype for name, value in layer.adapter.state_dict().items()} == dtypes
+    for bad in (torch.int32, torch.float64, "bf16"):
+        with pytest.raises(SpecError, match=r"adapter_dtype=.* is not valid: it should be torch.bfloat16"):
+            AdaptedLinear(nn.Linear(3, 3), LoRA(r=1), adapter_dtype=bad)
+
+
+def test_a_16_bit_file_does_not_lower_the_adapters_precision():
+    layer = layer_of()
+    layer.load_state_dict({name: value.to(torch.bfloat16) for name, value in layer.state_dict().items()}, assign=True)
+    assert layer.weight.dtype is torch.bfloat16
+    assert {p.dtype for p in layer.adapter.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("spec", [LoRA(r=2), DoRA(LoRA(r=2))], ids=repr)
+@pytest.mark.parametrize("bias", [False, True])
+def test_an_input_of_another_dtype_is_refused_as_by_torch(spec, bias):
+    layer = layer_of(spec, torch.bfloat16, bias=bias)
+    for dtype in (torch.float32, torch.float64):
+        with pytest.raises(
+            RuntimeError, match=r"this layer has a weight of torch.bfloat16 and got an input of torch.float"
+        ):
+            layer(torch.randn(2, 7, dtype=dtype))
+    with pytest.raises(RuntimeError):
+        layer.base(torch.randn(2, 7))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
+def test_nested_inputs_keep_their_layout(layout):
+    layer = layer_of(dtype=torch.float32)
+    parts = [torch.randn(n, 7) for n in (2, 5, 1)]
+    nested = torch.nested.nested_tensor(parts, layout=layout)
+    y = layer(nested)
+    assert y.layout == layout
+    for part, result in zip(parts, y.unbind(), strict=True):
+        torch.testing.assert_close(result, layer(part))
+    if layout == torch.jagged:
+        assert (y.sum(-1, keepdim=True) + nested).shape == nested.shape
 
 
 def test_half_loses_no_digit_of_the_adapter():
@@ -275,6 +347,25 @@ def test_meta_device_until_reset(x):
     az.adapt(direct, MAP(DoRA(LoRA(r=2))), seed=3)
     for name, value in direct.state_dict().items():
         assert torch.equal(model.state_dict()[name], value), name
+
+
+def test_a_load_that_does_nothing_does_not_count():
+    """Loading into meta parameters without assign=True is a no-op, of which torch only warns."""
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(7, 5))
+    az.adapt(model, LoRA(r=2))
+    donor = nn.Sequential(nn.Linear(7, 5))
+    az.adapt(donor, LoRA(r=2))
+    with pytest.warns(UserWarning, match="no-op"):
+        model.load_state_dict(donor.state_dict())
+    model.to_empty(device="cpu")
+    with pytest.raises(UninitialisedError):
+        model(torch.randn(2, 7))
+    model.load_state_dict(donor.state_dict())
+    model(torch.randn(2, 7))
+    model.to("meta")
+    with pytest.raises(UninitialisedError):
+        model(torch.randn(2, 7, device="meta"))
 
 
 def test_a_whole_checkpoint_also_initialises_a_meta_model(x):
@@ -327,6 +418,83 @@ def test_a_base_that_trains_has_its_gradient_and_says_so_once(x):
     torch.testing.assert_close(layer.effective_weight().norm(dim=1), layer.adapter.magnitude.abs())
 
 
+def test_a_fused_step_that_the_adapter_does_not_see(x):
+    layer = layer_of(DoRA(LoRA(r=2)))
+    layer(x)
+    layer.weight.requires_grad_(True)
+    optimiser = torch.optim.AdamW([layer.weight], lr=0.5, fused=True)
+    with az.disabled(layer):
+        layer(x).square().sum().backward()
+    optimiser.step()
+    layer.weight.requires_grad_(False)
+    torch.testing.assert_close(layer.effective_weight().norm(dim=1), layer.adapter.magnitude.abs())
+
+
+def test_a_new_weight_has_new_norms(x):
+    layer = layer_of(DoRA(LoRA(r=2)))
+    for _ in range(6):
+        layer.weight = nn.Parameter(torch.randn(5, 7), requires_grad=False)
+        torch.testing.assert_close(layer.effective_weight().norm(dim=1), layer.adapter.magnitude.abs())
+    torch.utils.swap_tensors(layer.weight, nn.Parameter(torch.randn(5, 7), requires_grad=False))
+    torch.testing.assert_close(layer.effective_weight().norm(dim=1), layer.adapter.magnitude.abs())
+
+
+def test_pruned_or_parametrised_afterwards_cannot_be_merged(x):
+    for spoil in (
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+        lambda layer: nn.utils.parametrize.register_parametrization(layer, "weight", nn.Identity()),
+    ):
+        model = nn.Sequential(layer_of(LoRA(r=2)))
+        spoil(model[0])
+        for operation in (
+            lambda m: az.merge(m),
+            lambda m: az.unload(m, merge=True),
+            lambda m: az.unload(m, merge=False),
+        ):
+            with pytest.raises(MergedError, match="pruned or parametrised after it was adapted"):
+                operation(model)
+        assert "adapter" in dict(model[0].named_children())
+
+
+def test_backward_hooks_survive_unload(x):
+    model, calls = nn.Sequential(nn.Linear(7, 5)), []
+    az.adapt(model, LoRA(r=2))
+    model[0].register_full_backward_hook(lambda *_: calls.append(1))
+    for _ in range(2):
+        model(x.clone().requires_grad_()).sum().backward()
+        az.unload(model, merge=True) if calls == [1] else None
+    assert calls == [1, 1]
+
+
+def test_a_copy_made_while_disabled_is_not_disabled(x):
+    layer = layer_of()
+    with az.disabled(layer):
+        other = copy.deepcopy(layer)
+    assert torch.equal(other(x), layer(x))
+
+
+def test_a_default_device_does_not_reach_the_draws():
+    model = nn.Sequential(nn.Linear(7, 5))
+    with torch.device("meta"):
+        az.adapt(model, MAP(LoRA(r=2)))
+    assert not any(p.is_meta for p in model.parameters())
+    other = nn.Sequential(nn.Linear(7, 5))
+    az.adapt(other, MAP(LoRA(r=2)))
+    assert torch.equal(model[0].adapter.inner.A, other[0].adapter.inner.A)
+
+
+def test_a_meta_adapter_over_a_loaded_base_is_materialised_by_reset(x):
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(7, 5))
+    az.adapt(model, DoRA(LoRA(r=2)))
+    real = nn.Sequential(nn.Linear(7, 5))
+    model.load_state_dict(real.state_dict(), strict=False, assign=True)
+    with pytest.raises(UninitialisedError):
+        model(x)
+    az.reset_adapters(model)
+    torch.testing.assert_close(model(x), real(x))
+
+
 def test_the_merged_state(x):
     layer = layer_of()
     layer.name = "blocks.3.up"
@@ -346,6 +514,8 @@ def test_the_merged_state(x):
     adapter = {name: value.clone() for name, value in layer.adapter.state_dict().items()}
     with pytest.raises(RuntimeError, match=r"'blocks.3.up' is merged and takes no values"):
         layer.load_state_dict(layer_of(seed=5).state_dict())
+    with pytest.raises(RuntimeError, match="this adapter belongs to a merged layer"):
+        layer.adapter.load_state_dict(layer_of(seed=5).adapter.state_dict())
     assert all(torch.equal(value, adapter[name]) for name, value in layer.adapter.state_dict().items())
     with az.disabled(layer), torch.no_grad():
         assert torch.equal(layer(x), nn.functional.linear(x, base, layer.bias))
@@ -375,6 +545,11 @@ def test_the_base_is_kept_where_it_was_asked_for():
     assert layer.unmerged_weight.dtype is torch.float64
     layer.unmerge()
     assert layer.weight.dtype is torch.float64
+    before = layer.weight.detach().clone()
+    with pytest.raises(MergedError, match="the meta device can't keep a base weight"):
+        layer.merge(base_device="meta")
+    assert not layer.merged
+    assert torch.equal(layer.weight, before)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -400,6 +575,9 @@ def test_a_failing_merge_changes_nothing(bad):
         (lambda: nn.LazyLinear(4), "shape is not known yet"),
         (lambda: parametrizations.weight_norm(nn.Linear(3, 4)), "remove the parametrisation"),
         (lambda: type("Odd", (nn.Linear,), {"forward": lambda self, x: x})(3, 4), "forward of its own"),
+        (lambda: with_buffer(nn.Linear(3, 4)), "would lose: scale"),
+        (lambda: with_forward(nn.Linear(3, 4)), "forward of its own"),
+        (lambda: nn.Linear(3, 4).to(torch.float8_e5m2), "Parameter of torch.float8_e5m2, not an ordinary matrix"),
         (lambda: AdaptedLinear(nn.Linear(3, 4), LoRA(r=1)), "adapted already"),
     ],
 )
@@ -421,7 +599,7 @@ def test_specs_that_do_not_fit_are_refused():
         AdaptedLinear(linear, FLoRA(r=(6, 1)))
     with pytest.raises(MisfitError, match="rank=8 is above out = 5"):
         AdaptedLinear(linear, SORA(LoRA(r=1), rank=8))
-    with pytest.raises(SpecError, match=r"given the class LoRA; build it: LoRA\(...\)"):
+    with pytest.raises(SpecError, match=r"this layer needs a spec, but got the class LoRA; build it: LoRA\(...\)"):
         AdaptedLinear(linear, LoRA)
     with pytest.raises(SpecError, match="needs a spec such as"):
         AdaptedLinear(linear, "LoRA(r=2)")

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from adapterzoo import MAP, SORA, AdaLoRA, AdaptedLinear, DoRA, FLoRA, LoRA, PreDiag, base
+from adapterzoo.errors import UnfrozenBaseWarning
 
 FACTORED = [LoRA(r=4, alpha=6), AdaLoRA(r=4), FLoRA(r=(4, 3))]
 
@@ -20,16 +21,27 @@ def perturbed(spec, out, cols, dtype=torch.float32, strength=0.05, bias=False):
     return layer
 
 
+WRAPS = {
+    "DoRA": DoRA,
+    "MAP": MAP,
+    "DoRA(SORA(PreDiag))": lambda g: DoRA(SORA(PreDiag(g))),
+    "SORA(MAP(DoRA))": lambda g: SORA(MAP(DoRA(g))),
+}
+
+
 @pytest.mark.parametrize("generator", FACTORED, ids=repr)
+@pytest.mark.parametrize("wrap", WRAPS)
 @pytest.mark.parametrize("bias", [False, True])
-def test_bf16_resolves_a_magnitude_change_of_a_thousandth(generator, bias):
-    """With a perturbed update, +0.1 % on every magnitude moves ≥ 10 % of the outputs, by 1.001 on the whole."""
-    layer = perturbed(DoRA(generator), 256, 256, torch.bfloat16, strength=0.3, bias=bias)
+def test_bf16_resolves_a_magnitude_change_of_a_thousandth(generator, wrap, bias):
+    """With a perturbed update, +0.1 % on every outer magnitude moves ≥ 10 % of the outputs, by 1.001 on the whole."""
+    layer = perturbed(WRAPS[wrap](generator), 256, 256, torch.bfloat16, strength=0.3, bias=bias)
     x = torch.randn(512, 256).to(torch.bfloat16)
     offset = 0 if layer.bias is None else layer.bias.detach().double()
     with torch.no_grad():
         old = layer(x)
-        layer.adapter.magnitude.mul_(1.001)
+        outer = layer.adapter.inner if isinstance(layer.spec, SORA) else layer.adapter
+        for parameter in outer.parameters(recurse=False):
+            parameter.mul_(1.001)
         new = layer(x)
     assert float((new != old).float().mean()) >= 0.10
     before, after = old.double() - offset, new.double() - offset
@@ -95,12 +107,18 @@ def test_norms_of_cancelling_sums_lose_no_more_than_they_must(rank, cols, seed, 
     assert abs(float(update.detach()) ** 2 - float(true.sum())) <= 1e-6 * float(terms.sum())
 
 
-@pytest.mark.parametrize("scale", [1e-18, 1e-9, 1e9, 1e18])
-@pytest.mark.parametrize(
-    "spec", [MAP(LoRA(r=2)), DoRA(LoRA(r=2)), DoRA(SORA(PreDiag(FLoRA(r=2)))), MAP(DoRA(LoRA(r=2)))]
-)
+# Squares of 1e±25 leave float32, so norms have to be summed in float64. Under a rotation V is a product with W, and
+# W Vᵀ, a float32 product, leaves float32 at 1e±19.
+FAR = [
+    (spec, scale)
+    for spec in (MAP(LoRA(r=2)), DoRA(LoRA(r=2)), MAP(DoRA(LoRA(r=2))))
+    for scale in (1e-25, 1e-9, 1e9, 1e25)
+]
+FAR += [(DoRA(SORA(PreDiag(FLoRA(r=2)))), scale) for scale in (1e-15, 1e-9, 1e9, 1e15)]
+
+
+@pytest.mark.parametrize(("spec", "scale"), FAR, ids=str)
 def test_far_scales_stay_finite_in_float32(spec, scale):
-    """Squares of these weights leave float32: norms are summed in float64."""
     torch.manual_seed(0)
     linear = nn.Linear(7, 5)
     with torch.no_grad():
@@ -115,6 +133,26 @@ def test_far_scales_stay_finite_in_float32(spec, scale):
                     0.3 * torch.randn_like(parameter) * (parameter.abs().mean() if parameter.any() else scale)
                 )
     assert torch.isfinite(layer.effective_weight()).all()
+    if isinstance(spec, DoRA):
+        torch.testing.assert_close(
+            layer.effective_weight().double().norm(dim=1), layer.adapter.magnitude.abs().double(), rtol=1e-5, atol=0
+        )
+
+
+def test_a_trainable_16_bit_weight_gets_its_gradient_through_norms():
+    layer = perturbed(DoRA(SORA(LoRA(r=4)), detach_norm=False), 12, 20, torch.bfloat16, strength=0.3)
+    layer.weight.requires_grad_()
+    pull = torch.randn(12, generator=torch.Generator().manual_seed(3))
+    with pytest.warns(UnfrozenBaseWarning):
+        norms = layer.adapter.inner.weight(layer._site()).row_norms()
+    (norms * pull).sum().backward()
+    W = layer.weight.detach().double().requires_grad_()
+    C, D = layer.adapter.inner.C.detach().double(), layer.adapter.inner.D.detach().double()
+    lora, identity = layer.adapter.generator, torch.eye(12, dtype=torch.float64)
+    P = D @ C.T - C @ D.T
+    R = torch.linalg.solve(identity - P / 2, identity + P / 2)
+    ((R @ (W + (lora.B @ lora.A).detach().double())).norm(dim=1) * pull).sum().backward()
+    assert float((layer.weight.grad.double() - W.grad).norm() / W.grad.norm()) < 1e-2
 
 
 def regression(spec, steps=600, lr=1e-2):

@@ -2,7 +2,6 @@
 
 import json
 
-import pydantic
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,21 +20,24 @@ BAD_TEXTS = {
     "MAP(LoRA(), LoRA())": "MAP takes one inside",
     "LoRA(DoRA(LoRA()))": r"LoRA is a generator.*write DoRA\(LoRA\(...\)\)",
     "LoRA(8)": "not a piece such as",
-    "LoRA(r=0)": r"LoRA: r=0 is not valid: it should be greater than or equal to 1",
-    "LoRA(r=2.5)": r"r=2.5 is not valid: it should be a valid integer",
+    "LoRA(r=0)": "LoRA: r=0 is not valid: it should be a whole number ≥ 1",
+    "LoRA(r=2.5)": "r=2.5 is not valid: it should be a whole number ≥ 1",
     "LoRA(r=True)": "r=True is not valid",
-    "LoRA(alpha=0)": "alpha=0 is not valid: it should be greater than 0",
-    "LoRA(alpha=1e999)": "alpha=inf is not valid: it should be a finite number",
-    "LoRA(dropout=1)": "dropout=1 is not valid: it should be less than 1",
+    "LoRA(alpha=0)": "alpha=0 is not valid: it should be a finite number > 0, or None for r",
+    "LoRA(alpha=1e999)": "alpha=inf is not valid: it should be a finite number > 0",
+    "LoRA(dropout=1)": "dropout=1 is not valid: it should be a number with 0 ≤ dropout < 1",
     "LoRA(dropuot=0.1)": "no field 'dropuot'.*did you mean 'dropout'",
     "SORA(LoRA(), map='cay')": "'cayley', 'exp' or 'first_order'",
-    "MAP(LoRA(), floor=0)": "greater than 0, or it should be 'literal'",
-    "FLoRA(r=(8,))": r"FLoRA: r=\(8,\) is not valid",
+    "MAP(LoRA(), floor=0)": 'floor=0 is not valid: it should be a finite number > 0, or "literal"',
+    "FLoRA(r=(8,))": r"FLoRA: r=\(8,\) is not valid: it should be a whole number ≥ 1, or a tuple \(r_out, r_in\)",
     "LORA(r=8)": "unknown piece 'LORA'; known pieces: .*did you mean 'LoRA'",
     "MAP(LoRA(r=8)": "is not a spec",
     "": "is not a spec",
     "LoRA(r=__import__('os').getpid())": "is not a number, string, True, False, None or tuple",
     "LoRA(r=1+1)": "is not a number",
+    "LoRA(r={[]: 1})": "is not a number",
+    "LoRA(r=1" + "0" * 400 + ")": "LoRA: ",
+    "LoRA(r=4, r=8)": "LoRA got r twice|keyword argument repeated",
     "LoRA(**{'r': 8})": "has no place in a spec",
     "az.LoRA(r=8)": "is not a piece",
     "LoMAP(rank=8)": "LoMAP",
@@ -97,6 +99,10 @@ def test_any_json_is_a_spec_or_a_spec_error(tree):
         ("{", "not JSON"),
         ("[]", "found 'list'"),
         ('{"schema": 2, "piece": "LoRA"}', '"schema": 1; found 2'),
+        ('{"schema": 1, "piece": "LoRA", "self": 3}', "no field 'self'"),
+        (None, "from_json reads text, not NoneType"),
+        ('{"schema": true, "piece": "LoRA"}', "found True"),
+        ('{"schema": 1, "piece": "LoRA", "r": 4, "r": 8}', "the key 'r' stands twice"),
         ('{"schema": 1, "piece": "LoRA", "rank": 3}', "no field 'rank'"),
         ('{"schema": 1, "piece": "LoRa"}', "did you mean 'LoRA'"),
         ('{"schema": 1, "piece": "MAP"}', "MAP wraps something"),
@@ -110,8 +116,14 @@ def test_bad_json_says_what_is_wrong(text, message):
 
 def test_specs_are_frozen_and_equal_by_value():
     spec = MAP(LoRA(r=8))
-    with pytest.raises(pydantic.ValidationError, match="frozen"):
+    with pytest.raises(SpecError, match=r"specs are frozen, MAP.inner too; build another one"):
         spec.inner = LoRA(r=4)
+    assert spec == MAP(LoRA(r=8))
+    assert LoRA(r=8).model_copy(update={"r": 16}) == LoRA(r=16)
+    assert LoRA(r=8, alpha=4).model_copy(update={"r": 16}) == LoRA(r=16, alpha=4)
+    with pytest.raises(SpecError, match="r=-3 is not valid"):
+        LoRA(r=8).model_copy(update={"r": -3})
+    assert FLoRA(r=8) == FLoRA(r=(8, 8)) != FLoRA(r=(8, 4))
     assert LoRA(r=8) == LoRA(r=8, alpha=8) == LoRA(r=8, alpha=None)
     assert LoRA(r=8) != LoRA(r=8, alpha=16)
     assert LoRA(r=8) != AdaLoRA(r=8)
@@ -122,8 +134,8 @@ def test_specs_are_frozen_and_equal_by_value():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: MAP(LoRA), r"given the class LoRA; build it: MAP\(LoRA\(...\)\)"),
-        (lambda: MAP("LoRA(r=8)"), "wraps a generator or a wrapper, not 'LoRA"),
+        (lambda: MAP(LoRA), r"MAP wraps a spec, but got the class LoRA; build it: LoRA\(...\)"),
+        (lambda: MAP("LoRA(r=8)"), r"MAP wraps a spec such as .* \(str\); parse\(text\) reads one"),
         (lambda: MAP(LoRA(), inner=LoRA()), "twice"),
         (lambda: LoRA(8), r"as keywords, such as LoRA\(r=8\)"),
         (lambda: LoRA(DoRA(LoRA())), "LoRA is a generator"),

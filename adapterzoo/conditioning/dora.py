@@ -40,17 +40,17 @@ class DoRA(Wrapper):
 
     roles: ClassVar[Mapping[str, Role]] = {"magnitude": Role.MAGNITUDE}
 
-    detach_norm: bool = Field(default=True)
+    detach_norm: bool = Field(default=True, description="True or False")
 
     def init(self, site: Site) -> Mapping[str, Tensor]:
         """m = the row norms of W, by the very function that computes n."""
         return {"magnitude": site.row_norms()}
 
     def condition(self, inner: FactoredWeight, params: Parameters, site: Site) -> FactoredWeight:
-        """Every row times g = m / n, and g = 0 where n = 0."""
+        """Every row times g = m / n. Where n = 0, the update times 0, and so the row of W that it cancels, if any."""
         norms = inner.row_norms()
         if self.detach_norm:
             norms = norms.detach()
         lives = norms > 0
         gain = torch.where(lives, params.magnitude / torch.where(lives, norms, 1), 0)
-        return inner.scale_rows(gain)
+        return inner.mix(torch.where(lives, gain, (site.row_norms() == 0).to(gain.dtype)), gain)

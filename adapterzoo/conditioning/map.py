@@ -7,6 +7,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from adapterzoo.base import wide
 from adapterzoo.factored import FactoredWeight
 from adapterzoo.pieces import Parameters, Role, Site, Wrapper
 from adapterzoo.registry import register
@@ -46,7 +47,9 @@ class MAP(Wrapper):
 
     roles: ClassVar[Mapping[str, Role]] = {"alpha": Role.MAGNITUDE, "beta": Role.MAGNITUDE}
 
-    floor: Annotated[float, Field(gt=0)] | Literal["literal"] = Field(default=1e-2)
+    floor: Annotated[float, Field(gt=0)] | Literal["literal"] = Field(
+        default=1e-2, description='a finite number > 0, or "literal"'
+    )
 
     def init(self, site: Site) -> Mapping[str, Tensor]:
         """α = ‖W‖_F, β = 1."""
@@ -59,4 +62,6 @@ class MAP(Wrapper):
         size = torch.where(lives, size, 1)
         base_gain = torch.where(lives, params.alpha / size, 1)
         floor = torch.full_like(size, _LITERAL_FLOOR) if self.floor == "literal" else self.floor * size
-        return inner.mix(base_gain, params.beta / torch.maximum(inner.update_norm(), floor))
+        floor = wide(floor.clamp_min(torch.finfo(size.dtype).tiny))
+        update_gain = wide(params.beta) / torch.maximum(inner.update_norm(), floor)
+        return inner.mix(base_gain, update_gain.to(size.dtype))

@@ -54,9 +54,9 @@ class SORA(Wrapper):
 
     always_shown: ClassVar[frozenset[str]] = frozenset({"rank"})
 
-    rank: int = Field(default=4, ge=1)
-    map: Map = Field(default="cayley")
-    damping: float | None = Field(default=None, gt=0)
+    rank: int = Field(default=4, ge=1, description="a whole number ≥ 1")
+    map: Map = Field(default="cayley", description="'cayley', 'exp' or 'first_order'")
+    damping: float | None = Field(default=None, gt=0, description="a finite number > 0, or None")
 
     def misfit(self, out_features: int, in_features: int) -> str | None:
         """1 ≤ rank ≤ out."""
@@ -98,18 +98,18 @@ def _cayley_middle(Z: Tensor) -> Tensor:
 
 # Note [Not torch.linalg.matrix_exp]
 # φ is a block of exp([[Z, I], [0, 0]]), but torch's matrix exponential is off by up to 1e-10 in float64 for small
-# norms, and its backward loses digits in proportion to the size of the incoming gradient. So: the series of
-# exp and φ at Z/2^8, exact to round-off for ‖Z‖ ≤ 200, then eight doublings,
-# φ(2Z) = (exp(Z) + I) φ(Z) / 2 and exp(2Z) = exp(Z)².
-def _exp_middle(Z: Tensor, halvings: int = 8, terms: int = 16) -> Tensor:
+# norms, and its backward loses digits in proportion to the size of the incoming gradient. So: the series of φ at
+# Z/2^12, then twelve doublings of φ and of M = exp(Z) − I, from which nothing cancels:
+# φ(2Z) = φ(Z) + M φ(Z)/2 and M(2Z) = 2M + M². Exact to round-off for turns by up to 3000 rad.
+def _exp_middle(Z: Tensor, halvings: int = 12, terms: int = 16) -> Tensor:
     """φ(Z) = Σ Zⁿ / (n + 1)!: [2k, 2k]."""
     identity = torch.eye(len(Z), dtype=Z.dtype, device=Z.device)
     small = Z / 2**halvings
     phi = identity
     for n in range(terms + 1, 1, -1):
         phi = identity + small @ phi / n
-    power = identity + small @ phi
+    change = small @ phi
     for _ in range(halvings):
-        phi = (power + identity) @ phi / 2
-        power = power @ power
+        phi = phi + change @ phi / 2
+        change = 2 * change + change @ change
     return phi

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Annotated, ClassVar
 
 from einops import einsum
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from adapterzoo.factored import FactoredWeight
@@ -47,9 +47,15 @@ class FLoRA(Generator):
 
     always_shown: ClassVar[frozenset[str]] = frozenset({"r"})
 
-    r: _Rank | tuple[_Rank, _Rank] = Field(default=8)
-    scale: float = Field(default=1.0, gt=0)
-    dropout: float = Field(default=0.0, ge=0, lt=1)
+    r: _Rank | tuple[_Rank, _Rank] = Field(default=8, description="a whole number ≥ 1, or a tuple (r_out, r_in) of two")
+    scale: float = Field(default=1.0, gt=0, description="a finite number > 0")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="a number with 0 ≤ dropout < 1")
+
+    @field_validator("r", mode="after")
+    @classmethod
+    def _one_rank_for_both(cls, r: int | tuple[int, int]) -> int | tuple[int, int]:
+        """Resolve (8, 8) to 8: they are the same spec."""
+        return r[0] if isinstance(r, tuple) and r[0] == r[1] else r
 
     @property
     def ranks(self) -> tuple[int, int]:

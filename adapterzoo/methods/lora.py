@@ -43,12 +43,12 @@ class LoRA(RankScaled):
 
     roles: ClassVar[Mapping[str, Role]] = {"A": Role.INPUT_FACTOR, "B": Role.OUTPUT_FACTOR}
 
-    rslora: bool = Field(default=False)
+    rslora: bool = Field(default=False, description="True or False")
 
     @property
     def scale(self) -> float:
         """alpha / r, or alpha / √r if rslora."""
-        return (self.alpha or self.r) / (math.sqrt(self.r) if self.rslora else self.r)
+        return self.numerator / (math.sqrt(self.r) if self.rslora else self.r)
 
     def init(self, site: Site) -> Mapping[str, Tensor]:
         """A from kaiming uniform, B zero: the update starts at zero."""

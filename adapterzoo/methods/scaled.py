@@ -12,9 +12,9 @@ class RankScaled(Generator):
 
     always_shown: ClassVar[frozenset[str]] = frozenset({"r"})
 
-    r: int = Field(default=8, ge=1)
-    alpha: float | None = Field(default=None, gt=0)
-    dropout: float = Field(default=0.0, ge=0, lt=1)
+    r: int = Field(default=8, ge=1, description="a whole number ≥ 1")
+    alpha: float | None = Field(default=None, gt=0, description="a finite number > 0, or None for r")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="a number with 0 ≤ dropout < 1")
 
     @model_validator(mode="before")
     @classmethod
@@ -28,7 +28,18 @@ class RankScaled(Generator):
     @property
     def scale(self) -> float:
         """s = alpha / r, with the spec's r for ever."""
-        return (self.alpha or self.r) / self.r
+        return self.numerator / self.r
+
+    @property
+    def numerator(self) -> float:
+        """alpha, which validation has resolved."""
+        assert self.alpha is not None
+        return self.alpha
+
+    def shown_fields(self) -> dict[str, Any]:
+        """Without an alpha that is r."""
+        fields = super().shown_fields()
+        return {name: value for name, value in fields.items() if name != "alpha" or value != self.r}
 
     def misfit(self, out_features: int, in_features: int) -> str | None:
         """1 ≤ r ≤ min(out, in)."""
