@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from adapterzoo import MAP, SORA, AdaLoRA, AdaptedLinear, DoRA, FLoRA, LoRA, PreDiag, base
+from adapterzoo import MAP, SORA, AdaLoRA, AdaptedLinear, DoRA, FLoRA, LoRA, PreDiag, base, factored
 from adapterzoo.errors import UnfrozenBaseWarning
 
 FACTORED = [LoRA(r=4, alpha=6), AdaLoRA(r=4), FLoRA(r=(4, 3))]
@@ -137,6 +137,13 @@ def test_far_scales_stay_finite_in_float32(spec, scale):
         torch.testing.assert_close(
             layer.effective_weight().double().norm(dim=1), layer.adapter.magnitude.abs().double(), rtol=1e-5, atol=0
         )
+
+
+def test_the_far_scales_would_notice_float32_sums(monkeypatch):
+    for module in (base, factored):
+        monkeypatch.setattr(module, "wide", lambda x: x.float())
+    with pytest.raises(AssertionError):
+        test_far_scales_stay_finite_in_float32(DoRA(LoRA(r=2)), 1e-25)
 
 
 def test_a_trainable_16_bit_weight_gets_its_gradient_through_norms():
