@@ -133,7 +133,8 @@ class FactoredWeight:
         total = self.base.row_norms_sq()
         total = total if gain is None else gain.square() * total
         if self.U is not None and self.V is not None:
-            cross, own = self._cross_terms(self.U, self.V)
+            left, cross = wide(self.U), self._row_products(self.U, self.V)
+            own = einsum(left @ self.V.gram, left, "out r, out r -> out")
             total = total + 2 * (cross if gain is None else gain * cross) + own
         return safe_sqrt(total).to(self._like().dtype)
 
@@ -152,7 +153,7 @@ class FactoredWeight:
             delta = wide(self.delta)
             total = total + (delta.square() * self.base.row_norms_sq()).sum()
             if self.U is not None and self.V is not None:
-                total = total + 2 * (delta * self._cross_terms(self.U, self.V)[0]).sum()
+                total = total + 2 * (delta * self._row_products(self.U, self.V)).sum()
         return safe_sqrt(total)
 
     def dense_update(self) -> Tensor:
@@ -172,13 +173,9 @@ class FactoredWeight:
         update = self.dense_update()
         return self.base.dense().to(update.dtype) + update
 
-    def _cross_terms(self, U: Tensor, V: RightFactor) -> tuple[Tensor, Tensor]:
-        """⟨w_i, (U V)_i⟩ and ‖(U V)_i‖² of every row: [out] each, in float64."""
-        left = wide(U)
-        return (
-            einsum(wide(V.projected), left, "out r, out r -> out"),
-            einsum(left @ V.gram, left, "out r, out r -> out"),
-        )
+    def _row_products(self, U: Tensor, V: RightFactor) -> Tensor:
+        """⟨w_i, (U V)_i⟩ of every row: [out], in float64."""
+        return einsum(wide(V.projected), wide(U), "out r, out r -> out")
 
     def _like(self) -> Tensor:
         """Any tensor in the factors' dtype."""

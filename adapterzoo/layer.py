@@ -1,6 +1,5 @@
 """AdaptedLinear: a base layer, a spec and parameters. It knows no piece by name."""
 
-import operator
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,15 +8,12 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import parametrize
 
 from adapterzoo.adapter import Adapter
 from adapterzoo.base import DenseBase, NormCache
 from adapterzoo.errors import (
     InputDtypeError,
     MergedError,
-    MisfitError,
-    SpecError,
     UnfrozenBaseWarning,
     UninitialisedError,
     UnsupportedLayerError,
@@ -25,7 +21,8 @@ from adapterzoo.errors import (
 )
 from adapterzoo.factored import FactoredWeight
 from adapterzoo.functional import factored_linear
-from adapterzoo.pieces import Piece, Site, check_is_spec, misfit
+from adapterzoo.pieces import Piece, Site
+from adapterzoo.support import check_adapter_dtype, check_fits, check_seed, guards_fused_paths, unsupported
 
 # Hooks that user code may hang on a module's forward and backward. A layer and its base share these tables, so hooks
 # keep firing, handles keep removing them, and they are there on the way back.
@@ -38,15 +35,6 @@ _HOOK_TABLES = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
-
-
-_FILE_HOOKS = (
-    "_state_dict_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-)
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Merge(NamedTuple):
@@ -109,9 +97,8 @@ class AdaptedLinear(nn.Module):
         problem = unsupported(base)
         if problem is not None:
             raise UnsupportedLayerError(name, type(base).__name__, problem)
-        check_is_spec(spec, f"{where(name)} needs a spec")
         check_adapter_dtype(adapter_dtype)
-        _check_fits(spec, base, name)
+        spec = check_fits(spec, base, name)
         self.name, self.seed = name, check_seed(seed)
         self.merged, self.disabled, self._warned = False, False, False
         self._base_device: torch.device | str | None = None
@@ -125,7 +112,7 @@ class AdaptedLinear(nn.Module):
         for table in _HOOK_TABLES:
             self.__dict__[table] = base.__dict__[table]
         self._is_full_backward_hook = base._is_full_backward_hook
-        self._guard = self.register_forward_pre_hook(_keeps_fused_paths_away)
+        self._guard = self.register_forward_pre_hook(guards_fused_paths)
         self.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
         self.register_buffer("unmerged_weight", None, persistent=False)
         self.adapter = adapter
@@ -384,52 +371,9 @@ class AdaptedLinear(nn.Module):
         )
 
 
-def unsupported(module: nn.Module) -> str | None:
-    """Say why AdaptedLinear can't stand in for a module; None if it can."""
-    # torch lets an instance have a forward of its own, and libraries that place models on devices use that.
-    if isinstance(module, AdaptedLinear) or _keeps_fused_paths_away in module._forward_pre_hooks.values():
-        return "it is adapted already, and a layer takes one adapter; unload it first, or compose the specs"
-    if not isinstance(module, nn.Linear):
-        return "only nn.Linear layers can be adapted so far"
-    if parametrize.is_parametrized(module):
-        return "it is parametrised; remove the parametrisation first (torch.nn.utils.parametrize)"
-    if type(module).forward is not nn.Linear.forward or "forward" in vars(module):
-        return "it has a forward of its own, which an adapter would bypass"
-    if isinstance(module.weight, nn.parameter.UninitializedParameter):
-        return "its shape is not known yet; run the model once first"
-    kept = [*module._buffers, *module._modules, *(table for table in _FILE_HOOKS if vars(module)[table])]
-    if kept:
-        return f"it holds what an adapted layer would lose: {', '.join(kept)}"
-    if type(module.weight) is not nn.Parameter or module.weight.dtype not in _DTYPES:
-        return f"its weight is a {type(module.weight).__name__} of {module.weight.dtype}, not an ordinary matrix"
-    return None
-
-
 def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
     """The adapted layers of a model by name, each once; none is fine."""
     return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
-
-
-def check_seed(seed: object) -> int:
-    """The seed as an int; raise a SpecError unless it is a whole number (1.0 would draw other values than 1)."""
-    try:
-        if not isinstance(seed, bool):
-            return operator.index(seed)  # type: ignore[arg-type]
-    except TypeError:
-        pass
-    raise SpecError(f"seed={seed!r} is not valid: it should be a whole number")
-
-
-def check_adapter_dtype(dtype: torch.dtype | None) -> None:
-    """Raise a SpecError unless an adapter's factors may have this dtype."""
-    if dtype not in (None, torch.bfloat16, torch.float32):
-        raise SpecError(f"adapter_dtype={dtype!r} is not valid: it should be torch.bfloat16, torch.float32 or None")
-
-
-def _check_fits(spec: Piece, base: nn.Linear, name: str) -> None:
-    problem = misfit(spec, base.out_features, base.in_features)
-    if problem is not None:
-        raise MisfitError(name, (base.out_features, base.in_features), repr(spec), problem)
 
 
 @contextmanager
@@ -453,7 +397,3 @@ def _factor_dtype(weight: Tensor) -> torch.dtype:
 def _after_load(layer: nn.Module, keys: Any) -> None:
     assert isinstance(layer, AdaptedLinear)
     layer.after_load()
-
-
-def _keeps_fused_paths_away(module: nn.Module, args: Any) -> None:
-    """Do nothing: torch's fused encoder layer reads `linear1.weight` itself, unless a module in it has a hook."""

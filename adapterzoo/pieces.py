@@ -239,8 +239,8 @@ class Wrapper(Piece):
         """f(W, W_inner; φ) in normal form, from the inside's normal form and the parameters' values."""
 
 
-def check_is_spec(value: object, what: str) -> None:
-    """Raise a SpecError unless the value is a spec.
+def check_is_spec(value: object, what: str) -> Piece:
+    """The value; raise a SpecError unless it is a spec.
 
     Args:
         value: what a user gave.
@@ -251,6 +251,7 @@ def check_is_spec(value: object, what: str) -> None:
     if not isinstance(value, Piece):
         hint = "; parse(text) reads one from text" if isinstance(value, str) else ""
         raise SpecError(f"{what} such as MAP(LoRA(r=8)), not {value!r} ({type(value).__name__}){hint}")
+    return value
 
 
 def layers_of(spec: Piece) -> list[Piece]:

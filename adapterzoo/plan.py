@@ -69,7 +69,7 @@ class Plan:
                 names = [item.name for item in self.left_alone if item.reason == reason]
                 lines.append(f"  {_some(names)}: {reason}")
         if self.trained:
-            lines += ["", f"trained as they are: {', '.join(self.trained)}"]
+            lines += ["", f"trained as they are: {_some(list(self.trained))}"]
         dense = [item.names[0] for item in self.adapted if _is_dense(item.spec)]
         if dense:
             lines += ["", f"dense: {_some(dense)}: their update is a whole matrix, formed and normed as such"]

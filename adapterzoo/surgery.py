@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from adapterzoo.errors import MergedError, TargetError, UninitialisedError, UnsupportedLayerError, listing
-from adapterzoo.layer import AdaptedLinear, adapted_layers, check_adapter_dtype, check_seed, unsupported
+from adapterzoo.layer import AdaptedLinear, adapted_layers
 from adapterzoo.pieces import Piece, check_is_spec
 from adapterzoo.plan import Adapted, LeftAlone, Plan
+from adapterzoo.support import check_adapter_dtype, check_seed, unsupported
 from adapterzoo.targets import ALL_LINEAR, Pattern, Selection, Targets, select
 
 

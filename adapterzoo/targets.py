@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from adapterzoo.errors import TargetError, did_you_mean, listing
-from adapterzoo.layer import AdaptedLinear, unsupported
+from adapterzoo.layer import AdaptedLinear
 from adapterzoo.pieces import Piece, misfit
+from adapterzoo.support import unsupported
 
 Predicate = Callable[[str, nn.Module], bool]
 Pattern = str | re.Pattern[str] | Predicate

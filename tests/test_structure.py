@@ -19,14 +19,15 @@ REPO = ROOT.parent
 # Each room may import only rooms before it; names of rooms are modules or sub-packages of adapterzoo.
 ROOMS = [
     "errors", "base", "factored", "functional", "pieces", "registry", "methods", "conditioning", "compositions",
-    "adapter", "layer", "targets", "plan", "surgery", "ablation",
+    "adapter", "support", "layer", "targets", "plan", "surgery", "ablation",
 ]  # fmt: skip
 # Pieces, and what carries them, never see each other: that is why any wrapper goes with any generator.
 STRANGERS = {
     "methods": {"conditioning"},
     "conditioning": {"methods"},
     **{
-        room: {"methods", "conditioning", "compositions"} for room in ("adapter", "layer", "targets", "plan", "surgery")
+        room: {"methods", "conditioning", "compositions"}
+        for room in ("adapter", "support", "layer", "targets", "plan", "surgery")
     },
 }
 
@@ -58,7 +59,18 @@ def test_rooms_import_only_rooms_before_them(path):
 
 def test_no_piece_is_named_where_all_pieces_are_served():
     names = set(pieces()) | set(compositions())
-    for room in ("factored", "functional", "pieces", "registry", "adapter", "layer", "targets", "plan", "surgery"):
+    for room in (
+        "factored",
+        "functional",
+        "pieces",
+        "registry",
+        "adapter",
+        "support",
+        "layer",
+        "targets",
+        "plan",
+        "surgery",
+    ):
         tree = ast.parse((ROOT / f"{room}.py").read_text())
         used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
         assert not used & names, f"{room}.py names {used & names}"

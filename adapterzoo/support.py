@@ -1,0 +1,69 @@
+"""What a layer must be, and what a user may ask of it, before an adapter stands in for it."""
+
+import operator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from adapterzoo.errors import MisfitError, SpecError, where
+from adapterzoo.pieces import Piece, check_is_spec, misfit
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_FILE_HOOKS = (
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+
+
+def unsupported(module: nn.Module) -> str | None:
+    """Say why AdaptedLinear can't stand in for a module; None if it can."""
+    if guards_fused_paths in module._forward_pre_hooks.values():  # an adapted layer, or the base of one
+        return "it is adapted already, and a layer takes one adapter; unload it first, or compose the specs"
+    if not isinstance(module, nn.Linear):
+        return "only nn.Linear layers can be adapted so far"
+    if parametrize.is_parametrized(module):
+        return "it is parametrised; remove the parametrisation first (torch.nn.utils.parametrize)"
+    # An instance may have a forward of its own too: libraries that place models on devices set one.
+    if type(module).forward is not nn.Linear.forward or "forward" in vars(module):
+        return "it has a forward of its own, which an adapter would bypass"
+    if isinstance(module.weight, nn.parameter.UninitializedParameter):
+        return "its shape is not known yet; run the model once first"
+    kept = [*module._buffers, *module._modules, *(table for table in _FILE_HOOKS if vars(module)[table])]
+    if kept:
+        return f"it holds what an adapted layer would lose: {', '.join(kept)}"
+    if type(module.weight) is not nn.Parameter or module.weight.dtype not in _DTYPES:
+        return f"its weight is a {type(module.weight).__name__} of {module.weight.dtype}, not an ordinary matrix"
+    return None
+
+
+def check_fits(spec: object, base: nn.Linear, name: str) -> Piece:
+    """The spec; raise a SpecError or MisfitError unless it is one and fits the layer."""
+    spec = check_is_spec(spec, f"{where(name)} needs a spec")
+    problem = misfit(spec, base.out_features, base.in_features)
+    if problem is not None:
+        raise MisfitError(name, (base.out_features, base.in_features), repr(spec), problem)
+    return spec
+
+
+def check_seed(seed: object) -> int:
+    """The seed as an int; raise a SpecError unless it is a whole number (1.0 would draw other values than 1)."""
+    try:
+        if not isinstance(seed, bool):
+            return operator.index(seed)  # type: ignore[arg-type]
+    except TypeError:
+        pass
+    raise SpecError(f"seed={seed!r} is not valid: it should be a whole number")
+
+
+def check_adapter_dtype(dtype: torch.dtype | None) -> None:
+    """Raise a SpecError unless an adapter's factors may have this dtype."""
+    if dtype not in (None, torch.bfloat16, torch.float32):
+        raise SpecError(f"adapter_dtype={dtype!r} is not valid: it should be torch.bfloat16, torch.float32 or None")
+
+
+def guards_fused_paths(module: nn.Module, args: Any) -> None:
+    """Do nothing: torch's fused encoder layer reads `linear1.weight` itself, unless a module in it has a hook."""
