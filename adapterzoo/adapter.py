@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from adapterzoo.factored import FactoredWeight
-from adapterzoo.pieces import Generator, Parameters, Piece, Role, Site, Wrapper, initial_values
+from adapterzoo.pieces import Generator, Parameters, Piece, Role, Site, Wrapper, checked_weight, initial_values
 
 _FACTORS = frozenset({Role.INPUT_FACTOR, Role.OUTPUT_FACTOR, Role.UPDATE, Role.CORE})
 
@@ -58,9 +58,10 @@ class Adapter(nn.Module):
         values = {name: self.get_parameter_or_buffer(name).to(site.dtype) for name in self.spec.roles}
         params, site = Parameters(values), replace(site, depth=self.spec.depth)
         if isinstance(self.spec, Wrapper) and self.inner is not None:
-            return self.spec.condition(self.inner.weight(site), params, site)
+            inner = self.inner.weight(site)
+            return checked_weight(self.spec, self.spec.condition(inner, params, site), site, inner)
         assert isinstance(self.spec, Generator)
-        return self.spec.update(params, site)
+        return checked_weight(self.spec, self.spec.update(params, site), site)
 
     def get_parameter_or_buffer(self, name: str) -> Tensor:
         """The piece's own parameter or buffer of that name."""
@@ -99,7 +100,8 @@ class Adapter(nn.Module):
         missing: list[str], unexpected: list[str], errors: list[str],
     ) -> None:  # fmt: skip
         if self.locked:
-            errors.append(f"{prefix or 'this adapter'} belongs to a merged layer and takes no values; unmerge it first")
+            if not errors:  # else the layer has said it
+                errors.append("this adapter belongs to a merged layer and takes no values; unmerge it first")
             return
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         for name in self.spec.roles:  # a file loaded with assign=True brings its own dtypes

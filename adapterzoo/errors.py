@@ -79,19 +79,16 @@ class UninitialisedError(AdapterError, RuntimeError):
         )
 
 
-class InputDtypeError(AdapterError, RuntimeError):
-    """An input of another dtype than the weight's, outside autocast; torch.nn.Linear refuses it too.
+class InputError(AdapterError, RuntimeError):
+    """An input that the layer can't take; torch.nn.Linear refuses it too, without naming the layer.
 
     Args:
         layer: name of the layer.
-        given: the input's dtype.
-        wanted: the weight's dtype.
+        problem: what was given, and what would be valid.
     """
 
-    def __init__(self, layer: str, given: object, wanted: object) -> None:
-        super().__init__(
-            f"{where(layer)} has a weight of {wanted} and got an input of {given}: cast one, or use autocast"
-        )
+    def __init__(self, layer: str, problem: str) -> None:
+        super().__init__(f"{where(layer)} {problem}")
 
 
 class UnfrozenBaseWarning(UserWarning):
@@ -107,7 +104,13 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The nearest known name as the tail of a sentence, or nothing."""
     names = {candidate.lower(): candidate for candidate in known}
     near = get_close_matches(name.lower(), list(names), n=1, cutoff=0.5)
+    near = near or [candidate for candidate in names if candidate and name.lower().startswith(candidate)]
     return f"; did you mean {names[near[0]]!r}?" if near else ""
+
+
+def count(number: int, thing: str) -> str:
+    """A number of things: 1 layer, 2 layers."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
 def listing(lines: Sequence[str], limit: int = 12) -> str:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from adapterzoo.adapter import Adapter
 from adapterzoo.base import DenseBase, NormCache
 from adapterzoo.errors import (
-    InputDtypeError,
+    InputError,
     MergedError,
     UnfrozenBaseWarning,
     UninitialisedError,
@@ -35,6 +35,9 @@ _HOOK_TABLES = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
+
+
+_GONE = "was merged with keep_base=False: its base weight is gone; unload(model, merge=True) makes it a plain layer"
 
 
 class Merge(NamedTuple):
@@ -138,7 +141,7 @@ class AdaptedLinear(nn.Module):
         """Apply W' and the bias: [..., in] -> [..., out].
 
         Raises:
-            InputDtypeError: the input has another dtype than the weight, outside autocast.
+            InputError: the input's width is not in_features, or its dtype not the weight's, outside autocast.
             MergedError: the layer is merged and a gradient of the adapter is asked for.
             UninitialisedError: the adapter was allocated on the meta device and has no values yet.
         """
@@ -146,8 +149,7 @@ class AdaptedLinear(nn.Module):
             return self._forward_nested(x)
         if self.weight.requires_grad:
             self._norms.clear()  # fused optimisers change a weight without a trace
-        if x.dtype != self.weight.dtype and not torch.is_autocast_enabled(x.device.type):
-            raise InputDtypeError(self.name, x.dtype, self.weight.dtype)
+        self._check_input(x)
         if self.disabled:
             return F.linear(x, self._base_weight(), self.bias)
         if self.merged:
@@ -205,7 +207,7 @@ class AdaptedLinear(nn.Module):
             MergedError: as `merge`.
         """
         if self.merged:
-            raise MergedError(f"{where(self.name)} is already merged; unmerge it first")
+            raise MergedError(f"{where(self.name)} is already merged; there is nothing to do")
         self.check_own_weight()
         if base_device is not None and torch.device(base_device).type == "meta":
             raise MergedError(f"{where(self.name)}: the meta device can't keep a base weight; keep_base=False drops it")
@@ -237,7 +239,7 @@ class AdaptedLinear(nn.Module):
         if not self.merged:
             raise MergedError(f"{where(self.name)} is not merged")
         if self.unmerged_weight is None:
-            raise MergedError(f"{where(self.name)} was merged with keep_base=False: its base weight is gone")
+            raise MergedError(f"{where(self.name)} {_GONE}")
 
     def check_own_weight(self) -> None:
         """Raise a MergedError unless the weight is a parameter of its own, which can be replaced."""
@@ -285,7 +287,7 @@ class AdaptedLinear(nn.Module):
             self._warned = True
             warnings.warn(
                 f"the base weight of {where(self.name)} trains: its norms are computed anew, "
-                "with gradient, at every call",
+                "with gradient, at every call; layer.weight.requires_grad_(False) freezes it",
                 UnfrozenBaseWarning,
                 stacklevel=2,
             )
@@ -295,7 +297,7 @@ class AdaptedLinear(nn.Module):
         if not self.merged:
             return self.weight
         if self.unmerged_weight is None:
-            raise MergedError(f"{where(self.name)} was merged with keep_base=False: its base weight is gone")
+            raise MergedError(f"{where(self.name)} {_GONE}")
         return self.unmerged_weight.to(self.weight.device)
 
     def _swap(self, weight: Tensor, merged: bool) -> None:
@@ -303,6 +305,15 @@ class AdaptedLinear(nn.Module):
         self.merged = merged
         self.adapter.lock(merged)
         self.refresh()
+
+    def _check_input(self, x: Tensor) -> None:
+        if x.dim() == 0 or x.shape[-1] != self.weight.shape[1]:
+            raise InputError(self.name, f"takes inputs [..., {self.weight.shape[1]}]; got {list(x.shape)}")
+        if x.dtype != self.weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise InputError(
+                self.name,
+                f"has a weight of {self.weight.dtype} and got an input of {x.dtype}: cast one, or use autocast",
+            )
 
     def _check_no_gradient_is_lost(self) -> None:
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.adapter.parameters()):

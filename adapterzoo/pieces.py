@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationErr
 from torch import Tensor
 
 from adapterzoo.base import Base, safe_sqrt
-from adapterzoo.errors import PieceError, SpecError, did_you_mean
+from adapterzoo.errors import PieceError, SpecError, did_you_mean, where
 from adapterzoo.factored import FactoredWeight, RightFactor
 
 
@@ -274,12 +274,47 @@ def initial_values(piece: Piece, site: Site) -> Mapping[str, Tensor]:
         PieceError: the piece made other parameters than it declares; its author has to mend that.
     """
     values = piece.init(site)
-    if set(values) != set(piece.roles):
+    if not isinstance(values, Mapping) or set(values) != set(piece.roles):
+        made = sorted(values) if isinstance(values, Mapping) else type(values).__name__
         raise PieceError(
-            f"{type(piece).__name__}.init made the parameters {sorted(values)}, but its `roles` declare "
-            f"{sorted(piece.roles)}: give every parameter a role, and every role a parameter"
+            f"{type(piece).__name__}.init made {made}, but its `roles` declare {sorted(piece.roles)}: "
+            "give every parameter a role, and every role a parameter"
         )
+    for name, value in values.items():
+        if not isinstance(value, Tensor):
+            raise PieceError(f"{type(piece).__name__}.init made {name} a {type(value).__name__}, not a tensor")
     return values
+
+
+def checked_weight(
+    piece: Piece, weight: FactoredWeight, site: Site, inner: FactoredWeight | None = None
+) -> FactoredWeight:
+    """What a piece returned, checked against the contract.
+
+    Raises:
+        PieceError: no normal form, factors of a wrong shape, or a wrapper that lost the dropout of its inside.
+    """
+    name, layer = type(piece).__name__, where(site.layer)
+    if not isinstance(weight, FactoredWeight):
+        returned = type(weight).__name__
+        raise PieceError(
+            f"{name} on {layer} returned a {returned}; return site.low_rank(U, V) or what inner.mix(...) gives"
+        )
+    out, cols = site.out_features, site.in_features
+    U, V = weight.U, None if weight.V is None else weight.V.value
+    if U is not None and V is not None and (U.shape[0] != out or V.shape != (U.shape[1], cols)):
+        raise PieceError(
+            f"{name} on {layer} made U {list(U.shape)} and V {list(V.shape)}; need [{out}, r] and [r, {cols}]"
+        )
+    if weight.delta is not None and weight.delta.shape not in {(1,), (out,)}:
+        raise PieceError(f"{name} on {layer} made a row gain {list(weight.delta.shape)}; need [{out}] or [1]")
+    if weight.remainder is not None and weight.remainder.shape != (out, cols):
+        raise PieceError(f"{name} on {layer} made an update {list(weight.remainder.shape)}; need [{out}, {cols}]")
+    if inner is not None and inner.dropout and not weight.dropout:
+        raise PieceError(
+            f"{name} on {layer} lost its inside's dropout={inner.dropout}: a dense form has none; set it to 0"
+        )
+    return weight
 
 
 def _literal(value: object) -> str:

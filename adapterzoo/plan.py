@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from adapterzoo.errors import TargetError, listing
+from adapterzoo.errors import TargetError, count, listing
 from adapterzoo.layer import adapted_layers
 from adapterzoo.pieces import Piece, Role, layers_of
 
@@ -37,6 +37,7 @@ class Plan:
     Args:
         adapted: the adapted layers.
         left_alone: the other linear layers.
+        others: classes of the other modules with parameters of their own, and how many there are.
         trained: other modules with parameters that train, such as a new head.
         total_parameters: parameters of the model with its adapters.
         trainable_parameters: those that train.
@@ -45,6 +46,7 @@ class Plan:
 
     adapted: tuple[Adapted, ...]
     left_alone: tuple[LeftAlone, ...]
+    others: tuple[tuple[str, int], ...]
     trained: tuple[str, ...]
     total_parameters: int
     trainable_parameters: int
@@ -64,10 +66,15 @@ class Plan:
         ]  # fmt: skip
         reasons = dict.fromkeys(item.reason for item in self.left_alone)
         if reasons:
-            lines += ["", f"left alone: {len(self.left_alone)} linear layers"]
+            lines += [
+                "",
+                f"left alone: {count(len(self.left_alone), 'linear layer')}, frozen unless trained as they are",
+            ]
             for reason in reasons:
                 names = [item.name for item in self.left_alone if item.reason == reason]
                 lines.append(f"  {_some(names)}: {reason}")
+        if self.others:
+            lines += ["", f"no linear layers: {', '.join(f'{number} {kind}' for kind, number in self.others)}"]
         if self.trained:
             lines += ["", f"trained as they are: {_some(list(self.trained))}"]
         dense = [item.names[0] for item in self.adapted if _is_dense(item.spec)]
@@ -107,7 +114,7 @@ class Plan:
                 module.training = training
         idle = [name for name, layer in layers.items() if id(layer) not in called]
         if idle:
-            raise TargetError(f"{len(idle)} adapted layers were not called by this input:{listing(idle)}")
+            raise TargetError(f"{count(len(idle), 'adapted layer')} not called by this input:{listing(idle)}")
 
 
 def _is_dense(spec: Piece) -> bool:

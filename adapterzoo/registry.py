@@ -97,7 +97,8 @@ def parse(text: str) -> Piece:
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         if isinstance(error, SpecError):
             raise
-        raise SpecError(f"{_short(text)} is not a spec such as MAP(LoRA(r=8)): {error}") from None
+        why = error.msg if isinstance(error, SyntaxError) else error
+        raise SpecError(f"{_short(text)} is not a spec such as MAP(LoRA(r=8)): {why}") from None
 
 
 def to_json(spec: Piece) -> str:
@@ -127,8 +128,8 @@ def from_json(text: str) -> Piece:
             raise
         raise SpecError(f"not JSON: {error}") from None
     if not isinstance(tree, dict) or type(tree.get("schema")) is not int or tree["schema"] != SCHEMA:
-        found = tree.get("schema") if isinstance(tree, dict) else type(tree).__name__
-        raise SpecError(f'a spec in JSON is an object with "schema": {SCHEMA}; found {found!r}')
+        found = repr(tree.get("schema", "no schema")) if isinstance(tree, dict) else type(tree).__name__
+        raise SpecError(f'a spec in JSON is an object with "schema": {SCHEMA}; found {found[:80]}')
     try:
         return _from_tree({key: value for key, value in tree.items() if key != "schema"})
     except RecursionError:
@@ -137,7 +138,8 @@ def from_json(text: str) -> Piece:
 
 def _claim(name: str, owner: object) -> None:
     holder = _PIECES.get(name) or _COMPOSITIONS.get(name)
-    if holder is not None and holder is not owner:
+    again = (getattr(owner, "__module__", None), getattr(owner, "__qualname__", None))  # a notebook's cell, run twice
+    if holder is not None and (holder.__module__, holder.__qualname__) != again:
         raise PieceError(f"the name {name!r} is taken by {holder.__module__}.{name}; choose another")
 
 
@@ -182,6 +184,9 @@ def _short(text: str) -> str:
 
 
 def _to_tree(spec: Piece) -> dict[str, Any]:
+    name = type(spec).__name__
+    if _PIECES.get(name) is not type(spec):
+        raise SpecError(f"{name} is not registered, so nothing could read it back: decorate the class with @register")
     fields = {name: getattr(spec, name) for name in type(spec).model_fields}
     inside = {"inner": _to_tree(fields.pop("inner"))} if "inner" in fields else {}
     return {"piece": type(spec).__name__, **inside, **fields}

@@ -1,11 +1,13 @@
 """Operations on whole models: adapt, merge, unmerge, unload, disable. Each one does all of its work or nothing."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
+from adapterzoo.adapter import Adapter
 from adapterzoo.errors import MergedError, TargetError, UninitialisedError, UnsupportedLayerError, listing
 from adapterzoo.layer import AdaptedLinear, adapted_layers
 from adapterzoo.pieces import Piece, check_is_spec
@@ -61,7 +63,7 @@ def adapt(
         layer  spec             out x in  parameters
         2      DoRA(LoRA(r=2))    4 x 16          44
         <BLANKLINE>
-        left alone: 1 linear layers
+        left alone: 1 linear layer, frozen unless trained as they are
           0: excluded
         <BLANKLINE>
         44 of 256 parameters train (17.188%)
@@ -171,7 +173,9 @@ def unload(model: nn.Module, *, merge: bool) -> nn.Module:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Run with the base weights, as if nothing were adapted, also while merged.
+    """Run with the adapters off: the base weights of every adapted layer, also while merged.
+
+    Layers kept trainable by `train=[...]` stay as trained.
 
     Raises:
         TargetError: no adapted layer.
@@ -254,6 +258,16 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
     model.get_submodule(parent)._modules[child] = module
 
 
+def _other_kinds(model: nn.Module) -> tuple[tuple[str, int], ...]:
+    """Classes of modules with parameters of their own that are no linear layers and no part of an adapter."""
+    kinds = Counter(
+        type(module).__name__
+        for module in model.modules()
+        if module._parameters and not isinstance(module, (nn.Linear, AdaptedLinear, Adapter))
+    )
+    return tuple(kinds.items())
+
+
 def _trained_elsewhere(model: nn.Module) -> tuple[str, ...]:
     """Names of the modules, other than adapters, with parameters of their own that train."""
     owned = {id(p) for layer in adapted_layers(model).values() for p in layer.adapter.parameters()}
@@ -273,6 +287,7 @@ def _plan(model: nn.Module, built: list[AdaptedLinear], selection: Selection) ->
             for layer, (item, _) in zip(built, selection.chosen, strict=True)
         ),
         left_alone=tuple(LeftAlone(item.name, reason) for item, reason in selection.skipped),
+        others=_other_kinds(model),
         trained=_trained_elsewhere(model),
         total_parameters=sum(p.numel() for p in parameters),
         trainable_parameters=sum(p.numel() for p in parameters if p.requires_grad),

@@ -62,13 +62,7 @@ def matching(pattern: Pattern, found: Sequence[Found], what: str) -> list[Found]
         leaves = [item for item in found if _is_leaf(item.module)]
         hits = [item for item in leaves if any(_accepts(pattern, name, item.module) for name in item.names)]
     if not hits:
-        names = {name for item in found for name in item.names}
-        near = (
-            did_you_mean(pattern, names | {name.rpartition(".")[2] for name in names})
-            if isinstance(pattern, str)
-            else ""
-        )
-        raise TargetError(f"{what} {_shown(pattern)} matches no module{near or '; print(model) shows the names'}")
+        raise TargetError(f"{what} {_shown(pattern)} matches no module{_hint(pattern, found)}")
     return hits
 
 
@@ -80,7 +74,7 @@ def patterns_of(targets: Targets) -> list[Pattern]:
     """
     if isinstance(targets, str) and targets != ALL_LINEAR:
         return [_compiled(targets)]
-    if isinstance(targets, (str, re.Pattern)) or (callable(targets) and not isinstance(targets, nn.Module)):
+    if isinstance(targets, (str, re.Pattern)) or (callable(targets) and not isinstance(targets, (nn.Module, type))):
         return [targets]
     if not isinstance(targets, Sequence):
         raise TargetError(
@@ -89,7 +83,9 @@ def patterns_of(targets: Targets) -> list[Pattern]:
         )
     patterns = list(targets)
     for pattern in patterns:
-        if isinstance(pattern, nn.Module) or (not isinstance(pattern, (str, re.Pattern)) and not callable(pattern)):
+        if isinstance(pattern, (nn.Module, type)) or (
+            not isinstance(pattern, (str, re.Pattern)) and not callable(pattern)
+        ):
             raise TargetError(f"a target is a name, a regular expression or a predicate, not {pattern!r}")
     if not patterns:
         raise TargetError('targets is empty; "all-linear" means every linear layer')
@@ -202,6 +198,9 @@ def select(
         everything = pattern == ALL_LINEAR
         hits = [item for item in found if _is_linear(item.module)] if everything else matching(pattern, found, "target")
         fresh = [item for item in hits if id(item.module) not in choice.decided]
+        if not hits:
+            kinds = dict.fromkeys(type(item.module).__name__ for item in found if _is_leaf(item.module))
+            raise TargetError(f"the model has no nn.Linear layer to adapt; it has {', '.join(kinds) or 'no layers'}")
         if not fresh:
             raise TargetError(
                 f"target {_shown(pattern)} matches only layers that are excluded or taken by earlier targets"
@@ -284,6 +283,16 @@ def _accepts(pattern: re.Pattern[str] | Predicate, name: str, module: nn.Module)
     if isinstance(pattern, re.Pattern):
         return pattern.fullmatch(name) is not None
     return bool(pattern(name, module))
+
+
+def _hint(pattern: Pattern, found: Sequence[Found]) -> str:
+    """The tail of a message about a pattern that matches nothing."""
+    text = pattern if isinstance(pattern, str) else pattern.pattern if isinstance(pattern, re.Pattern) else ""
+    if isinstance(pattern, str) and re.search(r"[\\*+?|^$()\[\]]", pattern):
+        return "; entries of a list are names: for an expression write re.compile(...), or a string instead of the list"
+    names = {name for item in found for name in item.names}
+    near = did_you_mean(text, names | {name.rpartition(".")[2] for name in names} | {ALL_LINEAR}) if text else ""
+    return near or "; print(model) shows the names"
 
 
 def _shown(pattern: Pattern) -> str:

@@ -112,6 +112,8 @@ def test_the_plan_prints_what_was_done(model):
     assert re.search(r"blocks\.1\.mlp\.0 +Full\(\) +12 x 8 +96", text)
     assert "narrow: left alone by targets" in text
     assert "lm_head: its weight is tied to embed.weight" in text
+    assert "left alone: 3 linear layers, frozen unless trained as they are" in text
+    assert "no linear layers: 1 Embedding, 2 LayerNorm" in text
     assert "trained as they are: classifier" in text
     assert "dense: blocks.0.mlp.0, blocks.1.mlp.0" in text
     assert re.search(r"\d+ of [\d,]+ parameters train \(\d+\.\d+%\)", text)
@@ -164,6 +166,10 @@ def test_an_ordered_mapping_takes_the_first_match(model):
         ({"targets": lambda name, module: False}, "matches no module"),
         ({"targets": None}, "targets is None; it should be"),
         ({"targets": [nn.Linear(2, 2)]}, "a target is a name, a regular expression or a predicate, not Linear"),
+        ({"targets": nn.Linear}, "targets is <class"),
+        ({"targets": [nn.Linear]}, "a target is a name, a regular expression or a predicate"),
+        ({"targets": "all_linear"}, "did you mean 'all-linear'"),
+        ({"targets": ["blocks.*.q_proj"]}, r"entries of a list are names: for an expression write re.compile"),
         ({"targets": [3]}, "a target is a name, a regular expression or a predicate, not 3"),
         ({"targets": [""]}, "the model itself"),
         ({"targets": ["lm_head"]}, r"lm_head \(Linear\): its weight is tied to embed.weight"),
@@ -332,7 +338,7 @@ def test_verify_finds_a_layer_that_is_not_called(model):
     model.spare = nn.Linear(8, 8)
     plan = adapt(model, LoRA(r=1))
     model.blocks[0].train(False)
-    with pytest.raises(TargetError, match=r"1 adapted layers were not called by this input:\n  - spare"):
+    with pytest.raises(TargetError, match=r"1 adapted layer not called by this input:\n  - spare"):
         plan.verify(TOKENS)
     assert model.training
     assert not model.blocks[0].training
@@ -462,6 +468,11 @@ def test_an_adapted_model_moves_with_the_model(model):
     assert layer.weight.dtype is torch.bfloat16
     assert layer.adapter.alpha.dtype is torch.float32
     assert model(TOKENS)[0].dtype is torch.bfloat16
+
+
+def test_a_model_without_linear_layers():
+    with pytest.raises(TargetError, match=r"the model has no nn\.Linear layer to adapt; it has Conv2d, ReLU"):
+        adapt(nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU()), LoRA(r=2))
 
 
 def test_misfits_name_the_layer():

@@ -291,6 +291,14 @@ def test_an_input_of_another_dtype_is_refused_as_by_torch(spec, bias):
         layer.base(torch.randn(2, 7))
 
 
+def test_an_input_of_another_width_is_refused_by_name():
+    layer = layer_of()
+    layer.name = "up"
+    for bad in (torch.randn(3, 6), torch.randn(8), torch.tensor(1.0)):
+        with pytest.raises(RuntimeError, match=r"layer 'up' takes inputs \[..., 7\]; got \["):
+            layer(bad)
+
+
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
 def test_nested_inputs_keep_their_layout(layout):

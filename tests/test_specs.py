@@ -3,14 +3,16 @@
 import json
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import specs
+from torch import nn
 
 import adapterzoo as az
-from adapterzoo import MAP, SORA, AdaLoRA, DoRA, FLoRA, Full, LoRA, PreDiag, parse
+from adapterzoo import MAP, SORA, AdaLoRA, AdaptedLinear, DoRA, FLoRA, Full, LoRA, PreDiag, parse
 from adapterzoo.errors import PieceError, SpecError, UnknownPieceError
-from adapterzoo.pieces import Generator, Piece, Role
+from adapterzoo.pieces import Generator, Piece, Role, Wrapper
 from adapterzoo.registry import compositions, pieces, register
 
 BAD_TEXTS = {
@@ -97,7 +99,7 @@ def test_any_json_is_a_spec_or_a_spec_error(tree):
     ("text", "message"),
     [
         ("{", "not JSON"),
-        ("[]", "found 'list'"),
+        ("[]", "found list"),
         ('{"schema": 2, "piece": "LoRA"}', '"schema": 1; found 2'),
         ('{"schema": 1, "piece": "LoRA", "self": 3}', "no field 'self'"),
         (None, "from_json reads text, not NoneType"),
@@ -192,3 +194,66 @@ def test_unknown_names_list_the_known_ones():
     for name in pieces():
         assert name in str(caught.value)
     assert "did you mean 'DoRA'" in str(caught.value)
+
+
+def piece_that(name, kind=Generator, **methods):
+    """An unregistered piece with one parameter A: [out, 2] and the given methods."""
+    body = {
+        "roles": {"A": Role.OUTPUT_FACTOR},
+        "__module__": __name__,
+        "init": lambda self, site: {"A": site.zeros(5, 2)},
+    }
+    body["update" if kind is Generator else "condition"] = lambda self, *arguments: None
+    return type(name, (kind,), {**body, **methods})
+
+
+@pytest.mark.parametrize(
+    ("piece", "message"),
+    [
+        (piece_that("NoTensor", init=lambda self, site: {"A": 0.0})(), "NoTensor.init made A a float, not a tensor"),
+        (piece_that("OtherNames", init=lambda self, site: {"B": site.zeros(1)})(), r"OtherNames.init made \['B'\]"),
+        (piece_that("NoMapping", init=lambda self, site: site.zeros(1))(), "NoMapping.init made Tensor"),
+        (
+            piece_that("AMatrix", update=lambda self, p, site: p.A)(),
+            "AMatrix on this layer returned a Parameter; return site",
+        ),
+        (
+            piece_that("Swapped", update=lambda self, p, site: site.low_rank(site.zeros(2, 7), p.A))(),
+            r"Swapped on this layer made U \[2, 7\] and V \[5, 2\]; need \[5, r\] and \[r, 7\]",
+        ),
+        (
+            piece_that("Flat", update=lambda self, p, site: site.dense_update(p.A))(),
+            r"Flat on this layer made an update \[5, 2\]; need \[5, 7\]",
+        ),
+        (
+            piece_that("Columns", Wrapper, condition=lambda self, w, p, site: w.calibrate_base(site.ones(7)))(
+                LoRA(r=2)
+            ),
+            r"Columns on this layer made a row gain \[7\]; need \[5\] or \[1\]",
+        ),
+        (
+            piece_that("Dense", Wrapper, condition=lambda self, w, p, site: site.dense_update(w.dense_update()))(
+                LoRA(r=2, dropout=0.5)
+            ),
+            r"Dense on this layer lost its inside's dropout=0.5",
+        ),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Piece) else "",
+)
+def test_what_breaks_the_contract_says_whose_fault_it_is(piece, message):
+    with pytest.raises(PieceError, match=message):
+        AdaptedLinear(nn.Linear(7, 5), piece)(torch.randn(2, 7))
+
+
+def test_an_unregistered_piece_is_not_written():
+    piece = piece_that("Unregistered")()
+    with pytest.raises(SpecError, match="Unregistered is not registered, so nothing could read it back"):
+        az.to_json(MAP(piece))
+
+
+def test_a_class_may_be_defined_again(monkeypatch):
+    monkeypatch.setattr(az.registry, "_PIECES", pieces())
+    first, second = piece_that("Again"), piece_that("Again")
+    assert register(first) is first
+    assert register(second) is second
+    assert pieces()["Again"] is second

@@ -58,7 +58,7 @@ class Watch:
         else:
             self.failures.append(f"{job}: {type(outcome).__name__}: {outcome}")
             self._progress.console.print(f"failed: {self.failures[-1]}", style="red", markup=False)
-        best = f"best validation {100 * self._best[0]:.1f} %: {self._best[1]}" if self._best[1] else ""
+        best = f"best single validation {100 * self._best[0]:.1f} %: {self._best[1]}" if self._best[1] else ""
         self._progress.update(self._task, advance=1, best=best)
 
 

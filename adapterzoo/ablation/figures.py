@@ -32,7 +32,7 @@ def heatmap(summary: pd.DataFrame, path: Path) -> None:
     grid.set_yticks(range(len(WRAPPERS)), ["bare (no wrapper)", *list(WRAPPERS)[1:]])
     _draw_cells(beside, cells, [[(BARE, FULL)], [(BARE, FROZEN)]], shades)
     beside.set_xticks([])
-    beside.set_yticks((0, 1), ("full\nfine-\ntuning", "frozen,\nhead\nonly"))
+    beside.set_yticks((0, 1), ("Full\n(dense\nΔW)", "frozen,\nhead\nonly"))
     figure.colorbar(ScalarMappable(shades, "cividis"), ax=[grid, beside], label="test accuracy in %", shrink=0.8)
     seeds = summary["seeds"].max()
     figure.suptitle(f"Test accuracy in %: mean of n = {seeds} seeds ± half-width of the 95 % t interval")
