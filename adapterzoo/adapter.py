@@ -49,13 +49,13 @@ class Adapter(nn.Module):
         """Set every value of the composition to its initial one, in place."""
         with torch.no_grad():
             for name, value in initial_values(self.spec, replace(site, depth=self.spec.depth)).items():
-                self.get_parameter_or_buffer(name).copy_(value)
+                self._value(name).copy_(value)
         if self.inner is not None:
             self.inner.reset(site)
 
     def weight(self, site: Site) -> FactoredWeight:
         """W' of the composition in normal form, from the parameters as they are now."""
-        values = {name: self.get_parameter_or_buffer(name).to(site.dtype) for name in self.spec.roles}
+        values = {name: self._value(name).to(site.dtype) for name in self.spec.roles}
         params, site = Parameters(values), replace(site, depth=self.spec.depth)
         if isinstance(self.spec, Wrapper) and self.inner is not None:
             inner = self.inner.weight(site)
@@ -63,8 +63,8 @@ class Adapter(nn.Module):
         assert isinstance(self.spec, Generator)
         return checked_weight(self.spec, self.spec.update(params, site), site)
 
-    def get_parameter_or_buffer(self, name: str) -> Tensor:
-        """The piece's own parameter or buffer of that name."""
+    def _value(self, name: str) -> Tensor:
+        """The piece's own parameter or buffer of that name, one of its roles."""
         value = self._parameters.get(name, self._buffers.get(name))
         assert value is not None
         return value
@@ -80,7 +80,9 @@ class Adapter(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move as every module moves, but never below float32: `.half()` moves the base, not what trains."""
-        pinned = {id(value) for name in self.spec.roles if self._pinned_dtype(name) for value in self._with_grad(name)}
+        pinned = {
+            id(value) for name in self.spec.roles if self._pinned_dtype(name) for value in self._value_and_grad(name)
+        }
 
         def keep_precision(value: Tensor) -> Tensor:
             moved = fn(value)
@@ -105,14 +107,14 @@ class Adapter(nn.Module):
             return
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         for name in self.spec.roles:  # a file loaded with assign=True brings its own dtypes
-            value = self.get_parameter_or_buffer(name)
+            value = self._value(name)
             value.data = value.data.to(self._pinned_dtype(name) or torch.promote_types(value.dtype, torch.float32))
 
-    def _with_grad(self, name: str) -> list[Tensor]:
-        value = self.get_parameter_or_buffer(name)
+    def _value_and_grad(self, name: str) -> list[Tensor]:
+        value = self._value(name)
         return [value] if value.grad is None else [value, value.grad]
 
     def extra_repr(self) -> str:
         """The piece and the shapes of its own parameters."""
-        shapes = ", ".join(f"{name}: {list(self.get_parameter_or_buffer(name).shape)}" for name in self.spec.roles)
+        shapes = ", ".join(f"{name}: {list(self._value(name).shape)}" for name in self.spec.roles)
         return f"{type(self.spec).__name__}, {shapes}"

@@ -86,11 +86,15 @@ class NormCache:
         """Forget the values; the binding stays."""
         self._key = self._value = None
 
+    def see(self, weight: Tensor) -> None:
+        """Forget the values of a weight that trains: fused optimisers change one and leave its `_version` as it was."""
+        if weight.requires_grad:
+            self.clear()
+
     def row_norms_sq(self, weight: Tensor) -> Tensor:
         """‖w_i‖²: [out] in float64, from the cache where the weight is the bound one and has not changed."""
+        self.see(weight)
         if weight.requires_grad:
-            # A weight that trains may be changed by fused optimisers, which leave `_version` untouched.
-            self.clear()
             return row_norms_sq(weight)
         if torch.compiler.is_compiling():  # a value frozen into a graph would be checked by nobody
             return row_norms_sq(weight)

@@ -178,11 +178,8 @@ class FactoredWeight:
         return einsum(wide(V.projected), wide(U), "out r, out r -> out")
 
     def _like(self) -> Tensor:
-        """Any tensor in the factors' dtype."""
-        for tensor in (self.delta, self.U, self.remainder):
-            if tensor is not None:
-                return tensor
-        return self.base.dense().new_empty(0, dtype=torch.promote_types(self.base.dense().dtype, torch.float32))
+        """Any tensor in the factors' dtype; a generator sets one of them."""
+        return next(tensor for tensor in (self.delta, self.U, self.remainder) if tensor is not None)
 
 
 def _add(left: Tensor, right: Tensor | None) -> Tensor:

@@ -107,11 +107,10 @@ class AdaptedLinear(nn.Module):
         self._base_device: torch.device | str | None = None
         self._norms = NormCache()
         self._norms.bind(base.weight)
-        site = Site(DenseBase(base.weight, self._norms), _factor_dtype(base.weight), name, seed)
-        with _frozen(base):  # so that the norms that initial values need are kept
-            adapter = Adapter(spec, site, adapter_dtype)
         self.__dict__["base"] = base  # kept, but no submodule: its parameters are this layer's own
         self._parameters = base._parameters
+        with _frozen(base):  # so that the norms that initial values need are kept
+            adapter = Adapter(spec, self._site(), adapter_dtype)
         for table in _HOOK_TABLES:
             self.__dict__[table] = base.__dict__[table]
         self._is_full_backward_hook = base._is_full_backward_hook
@@ -119,7 +118,8 @@ class AdaptedLinear(nn.Module):
         self.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
         self.register_buffer("unmerged_weight", None, persistent=False)
         self.adapter = adapter
-        self._initialised, self._whole_file = not base.weight.is_meta, False
+        self._initialised = not base.weight.is_meta
+        self._file_had_whole_adapter = False
         self.train(base.training)
 
     @property
@@ -147,8 +147,7 @@ class AdaptedLinear(nn.Module):
         """
         if x.is_nested:
             return self._forward_nested(x)
-        if self.weight.requires_grad:
-            self._norms.clear()  # fused optimisers change a weight without a trace
+        self._norms.see(self.weight)
         self._check_input(x)
         if self.disabled:
             return F.linear(x, self._base_weight(), self.bias)
@@ -177,7 +176,7 @@ class AdaptedLinear(nn.Module):
 
     def effective_weight(self) -> Tensor:
         """W': [out, in], in the weight's dtype, rounded once; differentiable. Dropout is no part of it."""
-        with torch.autocast(self.weight.device.type, enabled=False):
+        with torch.autocast(self.weight.device.type, enabled=False):  # of the products of factors in dense() too
             return self.factored_weight().dense().to(self.weight.dtype)
 
     def delta_weight(self) -> Tensor:
@@ -200,7 +199,7 @@ class AdaptedLinear(nn.Module):
         """
         self.commit_merge(self.prepare_merge(keep_base, base_device))
 
-    def prepare_merge(self, keep_base: bool = True, base_device: torch.device | str | None = None) -> "Merge":
+    def prepare_merge(self, keep_base: bool = True, base_device: torch.device | str | None = None) -> Merge:
         """Everything that `merge` computes and that can fail; the layer is left as it is.
 
         Raises:
@@ -218,7 +217,7 @@ class AdaptedLinear(nn.Module):
             raise MergedError(f"{where(self.name)} has an effective weight that is not finite; nothing was merged")
         return Merge(weight, kept, base_device)
 
-    def commit_merge(self, merge: "Merge") -> None:
+    def commit_merge(self, merge: Merge) -> None:
         """Take what `prepare_merge` gave: assignments only, nothing that can fail."""
         self.unmerged_weight, self._base_device = merge.kept, merge.base_device
         self._swap(merge.weight, merged=True)
@@ -265,17 +264,22 @@ class AdaptedLinear(nn.Module):
         Raises:
             MergedError: the layer is merged.
             UninitialisedError: the layer is still on the meta device.
+            SpecError: the seed is no whole number.
         """
-        if self.merged:
-            raise MergedError(f"{where(self.name)} is merged; unmerge it before resetting its adapter")
-        if self.weight.is_meta:
-            raise UninitialisedError(self.name)
+        self.check_resettable()
         self.seed = self.seed if seed is None else check_seed(seed)
         if self._on_meta():
             self.adapter.to_empty(device=self.weight.device)
         self.refresh()
         self.adapter.reset(self._site())
         self._initialised = True
+
+    def check_resettable(self) -> None:
+        """Raise a MergedError or UninitialisedError unless `reset` can do its work."""
+        if self.merged:
+            raise MergedError(f"{where(self.name)} is merged; unmerge it before resetting its adapter")
+        if self.weight.is_meta:
+            raise UninitialisedError(self.name)
 
     def refresh(self) -> None:
         """Forget what is kept of the base weight: call it after writing to the weight through `.data`."""
@@ -325,6 +329,10 @@ class AdaptedLinear(nn.Module):
     def _forward_nested(self, x: Tensor) -> Tensor:
         """Token by token, as every linear layer; nn.TransformerEncoder nests padded batches in evaluation."""
         if x.layout == torch.jagged:
+            if x.lengths() is not None or x._ragged_idx != 1:  # type: ignore[attr-defined]
+                raise InputError(
+                    self.name, "takes contiguous jagged inputs [batch, ragged, in]; call .contiguous() first"
+                )
             offsets = x.offsets()  # type: ignore[attr-defined]
             return torch.nested.nested_tensor_from_jagged(self.forward(x.values()), offsets)
         return torch.nested.as_nested_tensor([self.forward(part) for part in x.unbind()])
@@ -366,11 +374,13 @@ class AdaptedLinear(nn.Module):
             errors.append(f"{where(self.name)} is merged and takes no values; unmerge it before loading")
             return
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
-        self._whole_file = all(f"{prefix}adapter.{name}" in state_dict for name in self.adapter.state_dict())
+        self._file_had_whole_adapter = all(
+            f"{prefix}adapter.{name}" in state_dict for name in self.adapter.state_dict()
+        )
 
     def after_load(self) -> None:
         """Take note of loaded values: a file with the whole adapter initialises it, if it is not on the meta device."""
-        self._initialised = (self._initialised or self._whole_file) and not self._on_meta()
+        self._initialised = (self._initialised or self._file_had_whole_adapter) and not self._on_meta()
         self.refresh()
 
     def extra_repr(self) -> str:

@@ -66,4 +66,7 @@ def check_adapter_dtype(dtype: torch.dtype | None) -> None:
 
 
 def guards_fused_paths(module: nn.Module, args: Any) -> None:
-    """Do nothing: torch's fused encoder layer reads `linear1.weight` itself, unless a module in it has a hook."""
+    """Do nothing, as a hook: torch's fused encoder layer reads `linear1.weight` itself unless a module in it has one.
+
+    It is also the mark by which an adapted layer, and the base of one, are known.
+    """

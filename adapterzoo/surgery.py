@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from adapterzoo.adapter import Adapter
-from adapterzoo.errors import MergedError, TargetError, UninitialisedError, UnsupportedLayerError, listing
+from adapterzoo.errors import MergedError, TargetError, UnsupportedLayerError, listing
 from adapterzoo.layer import AdaptedLinear, adapted_layers
 from adapterzoo.pieces import Piece, check_is_spec
 from adapterzoo.plan import Adapted, LeftAlone, Plan
@@ -70,7 +70,7 @@ def adapt(
     """
     _check_arguments(model, spec, targets)
     check_adapter_dtype(adapter_dtype)
-    check_seed(seed)
+    seed = check_seed(seed)
     selection = select(model, spec, targets, exclude, train)
     merged = [name for name, layer in adapted_layers(model).items() if layer.merged]
     if merged:
@@ -82,18 +82,18 @@ def adapt(
         for item, layer_spec in selection.chosen:
             assert isinstance(item.module, nn.Linear)
             built.append(AdaptedLinear(item.module, layer_spec, seed=seed, name=item.name, adapter_dtype=adapter_dtype))
+        if first:
+            for parameter in flags:
+                parameter.requires_grad_(False)
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if name in selection.trained:
+                parameter.requires_grad_(True)
     except BaseException:
         for layer in built:
             layer.release()
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
         raise
-    if first:
-        for parameter in flags:
-            parameter.requires_grad_(False)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if name in selection.trained:
-            parameter.requires_grad_(True)
     for layer, (item, _) in zip(built, selection.chosen, strict=True):
         for name in item.names:
             _replace(model, name, layer)
@@ -208,15 +208,13 @@ def reset_adapters(model: nn.Module, seed: int | None = None) -> None:
 
     Raises:
         MergedError, UninitialisedError: a layer that is merged, or still on the meta device. Nothing was changed.
+        SpecError: the seed is no whole number.
         TargetError: no adapted layer.
     """
+    seed = None if seed is None else check_seed(seed)
     layers = _layers(model).values()
-    merged = [layer.name for layer in layers if layer.merged]
-    if merged:
-        raise MergedError(f"unmerge before resetting; these layers are merged:{listing(merged)}")
     for layer in layers:
-        if layer.weight.is_meta:
-            raise UninitialisedError(layer.name)
+        layer.check_resettable()
     for layer in layers:
         layer.reset(seed)
 

@@ -168,6 +168,11 @@ def trained_parameters(model: nn.Module, found: Sequence[Found], train: Sequence
                 " but adapted ones, whose adapters train already" if any(f"{m}." in adapted for m in modules) else near
             )
             raise TargetError(f"train={entry!r} names no module with parameters and no parameter{also}")
+        whole = [name for name in hits if not model.get_parameter(name).is_floating_point()]
+        if whole:
+            raise TargetError(
+                f"train={entry!r} names parameters that can't train, they are no floats: {', '.join(whole)}"
+            )
         trained.update(dict.fromkeys(hits, entry))
     return trained
 
@@ -190,7 +195,8 @@ def select(
         TargetError: entries that can't be honoured, all layers of an entry at once.
     """
     found = modules_by_name(model)
-    choice = _Choice(Exclusions(model, found, trained := trained_parameters(model, found, train)))
+    trained = trained_parameters(model, found, train)
+    choice = _Choice(Exclusions(model, found, trained))
     for pattern in _exclude_patterns(exclude):
         for item in matching(pattern, found, "exclude"):
             choice.skip(item, "excluded")
@@ -230,15 +236,14 @@ class _Choice:
             self.skipped.append((item, reason))
 
     def decide(self, item: Found, spec: Piece | None, everything: bool) -> None:
-        if spec is None:
-            return self.skip(item, "left alone by targets")
-        reason = self._exclusions.reason(item, spec)
-        if reason is None:
+        reason = "left alone by targets" if spec is None else self._exclusions.reason(item, spec)
+        if spec is not None and reason is None:
             self.decided.add(id(item.module))
-            return self.chosen.append((item, spec))
-        if everything and not isinstance(item.module, AdaptedLinear):
-            return self.skip(item, reason)
-        return self.problems.append(f"{item.name} ({type(item.module).__name__}): {reason}")
+            self.chosen.append((item, spec))
+        elif spec is None or (everything and not isinstance(item.module, AdaptedLinear)):
+            self.skip(item, str(reason))
+        else:
+            self.problems.append(f"{item.name} ({type(item.module).__name__}): {reason}")
 
     def check(self) -> None:
         if self.problems:

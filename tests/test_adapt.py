@@ -428,7 +428,7 @@ def test_a_partly_merged_model_is_all_or_nothing(model):
     assert [name for name, layer in adapted_layers(model).items() if layer.merged] == ["blocks.1.v_proj"]
     with pytest.raises(MergedError, match=r"'blocks.0.q_proj' is not merged"):
         unmerge(model)
-    with pytest.raises(MergedError, match=r"- blocks.1.v_proj"):
+    with pytest.raises(MergedError, match=r"'blocks.1.v_proj' is merged"):
         az.reset_adapters(model)
 
 
@@ -523,3 +523,94 @@ def test_a_model_that_does_not_tell_its_output_embeddings(model):
 
     model.get_output_embeddings = raises
     adapt(model, LoRA(r=1))
+
+
+def test_names_and_expressions_match_as_documented():
+    def fresh():
+        return nn.ModuleDict({"proj": nn.Linear(4, 4), "q_proj": nn.Linear(4, 4), "q": nn.Linear(4, 4)})
+
+    model = fresh()
+    adapt(model, LoRA(r=1), targets=["proj"])
+    assert names(model) == ["proj"]
+    model = fresh()
+    adapt(model, LoRA(r=1), targets="q")
+    assert names(model) == ["q"]
+    model = nn.ModuleDict({"head": nn.Linear(4, 4), "head2": nn.Linear(4, 4)})
+    adapt(model, LoRA(r=1), train=["head"])
+    assert names(model) == ["head2"]
+    assert {name for name, p in model.named_parameters() if p.requires_grad and "adapter" not in name} == {
+        "head.weight", "head.bias"
+    }  # fmt: skip
+    with pytest.raises(TargetError, match="target 'q_porj' matches no module; did you mean 'q_proj'"):
+        adapt(fresh(), targets={"q_porj": LoRA(r=1)})
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 4)))
+    adapt(model, LoRA(r=1), targets=".*")
+    assert names(model) == ["0.0"]
+
+
+def test_every_name_of_a_shared_module_counts(model):
+    model.alias = model.blocks[0]
+    other = copy.deepcopy(model)
+    adapt(model, LoRA(r=1), targets=["alias.q_proj"])
+    assert isinstance(model.blocks[0].q_proj, AdaptedLinear)
+    adapt(other, LoRA(r=1), targets=[re.compile(r"alias\..*_proj")], train=["alias.mlp"])
+    assert isinstance(other.blocks[0].v_proj, AdaptedLinear)
+    assert other.blocks[0].mlp[0].weight.requires_grad
+
+
+def test_a_failing_train_entry_changes_nothing():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model.codes = nn.Module()
+    model.codes.weight = nn.Parameter(torch.zeros(3, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(
+        TargetError, match=r"train='codes' names parameters that can't train, they are no floats: codes.weight"
+    ):
+        adapt(model, LoRA(r=2), ["0"], train=["codes"])
+    assert not adapted_layers(model)
+    assert model[0].weight.requires_grad
+    adapt(model, LoRA(r=2), ["0"])
+
+
+def test_arguments_reach_the_layers(model):
+    adapt(model, DoRA(LoRA(r=1)), adapter_dtype=torch.bfloat16)
+    adapter = model.blocks[0].q_proj.adapter
+    assert adapter.inner.A.dtype is torch.bfloat16
+    assert adapter.magnitude.dtype is torch.float32
+    with pytest.raises(MergedError, match="the meta device can't keep"):
+        merge(model, base_device="meta")
+
+
+def test_all_or_nothing_where_the_last_layer_fails(model):
+    adapt(model, LoRA(r=1), exclude=["narrow"])
+    layers = adapted_layers(model)
+    *_, last = layers.values()
+    with torch.no_grad():
+        last.adapter.B.fill_(float("inf"))
+    for operation in (lambda: merge(model), lambda: unload(model, merge=True)):
+        with pytest.raises(MergedError, match=f"'{last.name}'"):
+            operation()
+        assert not any(layer.merged for layer in layers.values())
+        assert adapted_layers(model).keys() == layers.keys()
+    with torch.no_grad():
+        last.adapter.B.zero_()
+    for layer in layers.values():
+        layer.merge(keep_base=layer is not last)
+    for operation in (lambda: unmerge(model), lambda: unload(model, merge=False)):
+        with pytest.raises(MergedError, match=f"'{last.name}' was merged with keep_base=False"):
+            operation()
+        assert all(layer.merged for layer in layers.values())
+        assert adapted_layers(model).keys() == layers.keys()
+
+
+def test_verify_leaves_statistics_alone():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    adapt(model, LoRA(r=1)).verify(torch.randn(3, 4))
+    assert int(model[1].num_batches_tracked) == 0
+
+
+def test_plans_show_dense_updates_under_wrappers_and_shorten_lists():
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(6)))
+    text = str(adapt(model, MAP(Full())))
+    assert "dense: 0, 1, 2, 3, and 2 more" in text
+    small = nn.Sequential(nn.Linear(2, 2))
+    assert "10 of 16 parameters train (62.500%)" in str(adapt(small, DoRA(LoRA(r=2))))

@@ -283,3 +283,11 @@ def test_gradcheck_and_second_derivatives_of_the_kernel():
 
     assert torch.autograd.gradcheck(call, inputs)
     assert torch.autograd.gradgradcheck(call, inputs)
+
+
+def test_a_dense_update_that_cancels_a_row_under_dora():
+    layer = layer_with(DoRA(Full()))
+    with torch.no_grad():
+        layer.adapter.inner.delta[0] = -layer.weight[0]
+    assert not layer.effective_weight()[0].any()
+    assert layer.effective_weight()[1:].any()

@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -636,3 +637,211 @@ def test_inference_mode_and_frozen_adapters(x):
     assert not layer(x).requires_grad
     layer(x.requires_grad_()).sum().backward()
     assert x.grad is not None
+
+
+def test_layers_made_or_refreshed_in_inference_mode_train_afterwards(x):
+    layer = layer_of(MAP(DoRA(LoRA(r=2))))
+    layer.refresh()
+    with torch.inference_mode():
+        layer(x)
+        AdaptedLinear(nn.Linear(4, 3), DoRA(LoRA(r=2)))(torch.ones(4))
+        layer.merge()
+    layer.unmerge()
+    layer(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in layer.adapter.parameters())
+
+
+def test_ensembles_over_a_16_bit_weight():
+    layer = layer_of(DoRA(SORA(LoRA(r=2))), torch.bfloat16)
+    x = torch.randn(4, 7).bfloat16()
+    one = {f"adapter.{name}": p.detach() for name, p in layer.adapter.named_parameters()}
+    stacked = {name: torch.stack([value, 1.5 * value]) for name, value in one.items()}
+
+    def loss(params):
+        return torch.func.functional_call(layer, params, (x,)).float().square().sum()
+
+    both = torch.func.vmap(torch.func.grad(loss))(stacked)
+    for i in range(2):
+        alone = torch.func.grad(loss)({name: value[i] for name, value in stacked.items()})
+        for name, value in alone.items():
+            torch.testing.assert_close(both[name][i], value, rtol=2e-2, atol=2e-2 * float(value.abs().max()))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_autocast_rounds_once_and_keeps_the_factors_wide(x, bias):
+    layer = layer_of(DoRA(LoRA(r=3)), bias=bias)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+        inside = layer.factored_weight()
+        assert torch.equal(layer.delta_weight(), layer_of(DoRA(LoRA(r=3)), bias=bias).delta_weight())
+    z = (x.bfloat16() @ layer.weight.bfloat16().T).float()
+    h = (x.bfloat16() @ inside.V.value.bfloat16().T).float()
+    expected = z + inside.delta * z + h @ inside.U.T + (0 if layer.bias is None else layer.bias)
+    assert torch.equal(y, expected.bfloat16())
+
+
+def test_a_16_bit_layer_takes_float32_inputs_under_autocast(x):
+    layer = layer_of(DoRA(LoRA(r=3)), torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(layer(x), layer(x.bfloat16()))
+
+
+def test_modes_are_taken_over_and_given_back():
+    layer = AdaptedLinear(nn.Linear(4, 3).eval(), LoRA(r=2, dropout=0.5))
+    assert not layer.training
+    assert not layer.adapter.training
+    base_layer = nn.Linear(4, 3)
+    model = nn.Sequential(base_layer)
+    az.adapt(model, LoRA(r=2))
+    model.eval()
+    az.unload(model, merge=False)
+    assert not base_layer.training
+
+
+def test_reset_draws_what_the_constructor_draws():
+    layer = layer_of(SORA(LoRA(r=2)), seed=3)
+    fresh = AdaptedLinear(nn.Linear(7, 5), SORA(LoRA(r=2)), seed=3)
+    layer.reset()
+    assert torch.equal(layer.adapter.C, fresh.adapter.C)
+    assert layer.adapter.C.data_ptr() != layer.adapter.D.data_ptr()
+    layer.reset(seed=0)
+    assert layer.seed == 0
+    assert not torch.equal(layer.adapter.C, fresh.adapter.C)
+    with pytest.raises(SpecError, match=r"seed=1.5 is not valid"):
+        layer.reset(seed=1.5)
+
+
+def test_a_seed_is_the_number_that_it_is():
+    class Three:
+        def __index__(self):
+            return 3
+
+    A = AdaptedLinear(nn.Linear(7, 5), LoRA(r=2), seed=3).adapter.A
+    assert torch.equal(A, AdaptedLinear(nn.Linear(7, 5), LoRA(r=2), seed=Three()).adapter.A)
+
+
+def test_streams_are_many_and_meta_layers_draw_nothing(monkeypatch):
+    site = layer_of()._site()
+    seeds = {replace(site, layer=str(i))._stream("A").initial_seed() for i in range(2000)}
+    assert len(seeds) == 2000
+    values = site.kaiming_uniform("A", 10_000, fan=3).abs().max()
+    assert 0.575 < float(values) < 3**-0.5
+    monkeypatch.setattr(type(site), "_stream", lambda self, parameter: 1 / 0)
+    with torch.device("meta"):
+        AdaptedLinear(nn.Linear(7, 5), DEEP)
+
+
+def test_pinned_dtypes_hold_for_gradients_and_loaded_files():
+    for spec, factors in ((DoRA(AdaLoRA(r=2)), {"inner.P", "inner.lam", "inner.Q"}), (DoRA(Full()), {"inner.delta"})):
+        layer = layer_of(spec, torch.bfloat16, adapter_dtype=torch.bfloat16)
+        layer(torch.randn(2, 7).bfloat16()).sum().backward()
+        layer.double()
+        layer.load_state_dict({name: v.float() for name, v in layer.state_dict().items()}, assign=True)
+        for name, parameter in layer.adapter.named_parameters():
+            assert (parameter.dtype is torch.bfloat16) == (name in factors), name
+    layer = layer_of(LoRA(r=2), torch.bfloat16, adapter_dtype=torch.bfloat16)
+    layer(torch.randn(2, 7).bfloat16()).sum().backward()
+    layer.double()
+    assert layer.adapter.A.grad.dtype is torch.bfloat16
+
+
+def test_half_a_file_does_not_initialise():
+    with torch.device("meta"):
+        layer = AdaptedLinear(nn.Linear(7, 5), LoRA(r=3))
+    state = layer_of(LoRA(r=3)).state_dict()
+    del state["adapter.B"]
+    layer.to_empty(device="cpu")
+    layer.load_state_dict(state, strict=False)
+    with pytest.raises(UninitialisedError):
+        layer(torch.randn(2, 7))
+
+
+def test_an_infinite_magnitude_is_not_merged():
+    layer = layer_of(MAP(LoRA(r=2)))
+    with torch.no_grad():
+        layer.adapter.beta.fill_(float("inf"))
+        layer.adapter.inner.B.zero_()
+        layer.adapter.inner.B[0, 0] = 1
+    with pytest.raises(MergedError, match="not finite"):
+        layer.merge()
+
+
+def test_unmerging_frees_what_was_kept():
+    layer = layer_of()
+    layer.merge()
+    layer.unmerge()
+    assert layer.unmerged_weight is None
+
+
+def test_jagged_inputs_with_holes_are_refused():
+    whole = torch.nested.nested_tensor([torch.randn(4, 7), torch.randn(4, 7)], layout=torch.jagged)
+    holes = torch.nested.narrow(
+        torch.randn(2, 4, 7), 1, torch.tensor([0, 1]), torch.tensor([2, 3]), layout=torch.jagged
+    )
+    layer = layer_of()
+    layer(whole)
+    with pytest.raises(RuntimeError, match="takes contiguous jagged inputs"):
+        layer(holes)
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        lambda module, hook: module.register_forward_hook(hook),
+        lambda module, hook: module.register_forward_hook(hook, with_kwargs=True),
+        lambda module, hook: module.register_forward_hook(hook, always_call=True),
+        lambda module, hook: module.register_forward_pre_hook(hook),
+        lambda module, hook: module.register_forward_pre_hook(hook, with_kwargs=True),
+        lambda module, hook: module.register_full_backward_hook(hook),
+        lambda module, hook: module.register_full_backward_pre_hook(hook),
+    ],
+)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_every_kind_of_hook_fires_before_while_and_after(register, when, x):
+    linear, calls = nn.Linear(7, 5), []
+
+    def hook(*arguments):
+        calls.append(len(arguments))
+
+    model = nn.Sequential(linear)
+    if when == "before":
+        register(linear, hook)
+    az.adapt(model, LoRA(r=2))
+    if when == "after":
+        register(model[0], hook)
+    model(x.clone().requires_grad_()).sum().backward()
+    az.unload(model, merge=True)
+    model(x.clone().requires_grad_()).sum().backward()
+    assert len(calls) == 2
+    assert calls[0] == calls[1]
+
+
+@pytest.mark.parametrize("kind", ["_state_dict_pre_hooks", "_load_state_dict_post_hooks"])
+def test_bases_with_file_hooks_or_parts_are_refused(kind):
+    linear = nn.Linear(3, 4)
+    if kind == "_state_dict_pre_hooks":
+        linear.register_state_dict_pre_hook(lambda *_: None)
+    else:
+        linear.register_load_state_dict_post_hook(lambda *_: None)
+    with pytest.raises(UnsupportedLayerError, match=kind):
+        AdaptedLinear(linear, LoRA(r=1))
+    linear = nn.Linear(3, 4)
+    linear.part = nn.ReLU()
+    with pytest.raises(UnsupportedLayerError, match="would lose: part"):
+        AdaptedLinear(linear, LoRA(r=1))
+    with pytest.raises(SpecError, match="adapter_dtype"):
+        AdaptedLinear(nn.Linear(3, 4), LoRA(r=1), adapter_dtype=torch.float16)
+
+
+def test_a_failing_init_leaves_the_base_as_it_was(monkeypatch):
+    linear = nn.Linear(3, 4)
+
+    def interrupted(self, site):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LoRA, "init", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        AdaptedLinear(linear, LoRA(r=1))
+    assert linear.weight.requires_grad
+    assert linear.bias.requires_grad
+    assert not linear._forward_pre_hooks

@@ -257,3 +257,23 @@ def test_a_class_may_be_defined_again(monkeypatch):
     assert register(first) is first
     assert register(second) is second
     assert pieces()["Again"] is second
+
+
+def test_more_bad_text_and_names():
+    with pytest.raises(SpecError, match="the longest is"):
+        parse("LoRA(" + " " * 10_001 + ")")
+    assert parse("MAP(inner=LoRA(r=8))") == MAP(LoRA(r=8))
+    with pytest.raises(SpecError, match=r"r=\[1\] is not valid"):
+        LoRA(r=[1])
+    assert register(LoRA) is LoRA
+    with pytest.raises(PieceError, match="must give every parameter a Role"):
+        register(piece_that("TextRoles", roles={"A": "x"}))
+    with pytest.raises(PieceError, match="the name 'LoMAP' is taken"):
+        register(piece_that("LoMAP"))
+
+    def LoRA_again():
+        return LoRA()
+
+    LoRA_again.__name__ = "LoRA"
+    with pytest.raises(PieceError, match="the name 'LoRA' is taken"):
+        az.composition(LoRA_again)
