@@ -146,7 +146,7 @@ def test_first_order_is_no_rotation_and_says_so():
 
 
 def test_float32_rotations_near_the_start_keep_their_digits():
-    """‖(R − I) W‖ at ‖D − C‖ = 1e-4 ‖C‖, where the form without E = D − C is wrong by more than 100 %."""
+    """‖(R − I) W‖ at ‖D − C‖ = 1e-4 ‖C‖, where D Cᵀ and C Dᵀ cancel to four digits."""
     draw = torch.Generator().manual_seed(0)
     W = torch.randn(64, 48, generator=draw)
     C = torch.randn(64, 4, generator=draw)

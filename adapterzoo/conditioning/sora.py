@@ -74,8 +74,8 @@ class SORA(Wrapper):
 
     # Note [P is built from E = D − C]
     # P = D Cᵀ − C Dᵀ = E Cᵀ − C Eᵀ = X₀ Y₀ with X₀ = [E, −C] and Y₀ = [C, E]ᵀ. The second form is exactly zero at the
-    # start and free of cancellation near it: in float32 at ‖E‖ = 1e-4 ‖C‖ the first gets ‖P W‖ wrong by 130 %, the
-    # second by 5e-6. A function of X₀ Y₀ is I + X₀ φ(Y₀ X₀) Y₀, so all the work is on a 2 rank × 2 rank matrix.
+    # start and free of cancellation near it, where the first loses its digits (docs/algebra.md measures both). A
+    # function of X₀ Y₀ is I + X₀ φ(Y₀ X₀) Y₀, so all the work is on a 2 rank × 2 rank matrix.
     def _thin_rotation(self, C: Tensor, D: Tensor) -> tuple[Tensor, Tensor]:
         """X: [out, 2 rank] and Y: [2 rank, out] with R = I + X Y."""
         E = D - C
