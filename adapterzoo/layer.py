@@ -1,8 +1,7 @@
 """AdaptedLinear: a base layer, a spec and parameters. It knows no piece by name."""
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -22,20 +21,15 @@ from adapterzoo.errors import (
 from adapterzoo.factored import FactoredWeight
 from adapterzoo.functional import factored_linear
 from adapterzoo.pieces import Piece, Site
-from adapterzoo.support import check_adapter_dtype, check_fits, check_seed, guards_fused_paths, unsupported
-
-# Hooks that user code may hang on a module's forward and backward. A layer and its base share these tables, so hooks
-# keep firing, handles keep removing them, and they are there on the way back.
-_HOOK_TABLES = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
+from adapterzoo.support import (
+    HOOK_TABLES,
+    check_adapter_dtype,
+    check_fits,
+    check_seed,
+    frozen,
+    guards_fused_paths,
+    unsupported,
 )
-
 
 _GONE = "was merged with keep_base=False: its base weight is gone; unload(model, merge=True) makes it a plain layer"
 
@@ -109,9 +103,9 @@ class AdaptedLinear(nn.Module):
         self._norms.bind(base.weight)
         self.__dict__["base"] = base  # kept, but no submodule: its parameters are this layer's own
         self._parameters = base._parameters
-        with _frozen(base):  # so that the norms that initial values need are kept
+        with frozen(base):  # so that the norms that initial values need are kept
             adapter = Adapter(spec, self._site(), adapter_dtype)
-        for table in _HOOK_TABLES:
+        for table in HOOK_TABLES:
             self.__dict__[table] = base.__dict__[table]
         self._is_full_backward_hook = base._is_full_backward_hook
         self._guard = self.register_forward_pre_hook(guards_fused_paths)
@@ -395,20 +389,6 @@ class AdaptedLinear(nn.Module):
 def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
     """The adapted layers of a model by name, each once; none is fine."""
     return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
-
-
-@contextmanager
-def _frozen(module: nn.Module) -> Iterator[None]:
-    """Freeze a module's own parameters, for good unless the body fails."""
-    flags = {parameter: parameter.requires_grad for parameter in module.parameters(recurse=False)}
-    try:
-        for parameter in flags:
-            parameter.requires_grad_(False)
-        yield
-    except BaseException:
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag)
-        raise
 
 
 def _factor_dtype(weight: Tensor) -> torch.dtype:

@@ -1,6 +1,5 @@
 """What a piece is: a frozen spec with pure functions; and what a piece may know of its layer."""
 
-import hashlib
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
@@ -15,6 +14,7 @@ from torch import Tensor
 from adapterzoo.base import Base, safe_sqrt
 from adapterzoo.errors import PieceError, SpecError, did_you_mean, where
 from adapterzoo.factored import FactoredWeight, RightFactor
+from adapterzoo.streams import stream
 
 
 class Role(StrEnum):
@@ -125,9 +125,7 @@ class Site:
         return draw.to(self.base.device, self.dtype)
 
     def _stream(self, parameter: str) -> torch.Generator:
-        key = f"{self.seed}/{self.layer}/{self.depth}/{parameter}".encode()
-        number = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
-        return torch.Generator("cpu").manual_seed(number - 2**63)
+        return stream(self.seed, self.layer, self.depth, parameter)
 
 
 class Piece(BaseModel):
@@ -294,27 +292,26 @@ def checked_weight(
     Raises:
         PieceError: no normal form, factors of a wrong shape, or a wrapper that lost the dropout of its inside.
     """
-    name, layer = type(piece).__name__, where(site.layer)
+    problem = _breach(weight, site.out_features, site.in_features, inner)
+    if problem is not None:
+        raise PieceError(f"{type(piece).__name__} on {where(site.layer)} {problem}")
+    return weight
+
+
+def _breach(weight: object, out: int, cols: int, inner: FactoredWeight | None) -> str | None:
+    """What breaks the contract, as the end of a sentence; None if nothing does."""
     if not isinstance(weight, FactoredWeight):
-        returned = type(weight).__name__
-        raise PieceError(
-            f"{name} on {layer} returned a {returned}; return site.low_rank(U, V) or what inner.mix(...) gives"
-        )
-    out, cols = site.out_features, site.in_features
+        return f"returned a {type(weight).__name__}; return site.low_rank(U, V) or what inner.mix(...) gives"
     U, V = weight.U, None if weight.V is None else weight.V.value
     if U is not None and V is not None and (U.shape[0] != out or V.shape != (U.shape[1], cols)):
-        raise PieceError(
-            f"{name} on {layer} made U {list(U.shape)} and V {list(V.shape)}; need [{out}, r] and [r, {cols}]"
-        )
+        return f"made U {list(U.shape)} and V {list(V.shape)}; need [{out}, r] and [r, {cols}]"
     if weight.delta is not None and weight.delta.shape not in {(1,), (out,)}:
-        raise PieceError(f"{name} on {layer} made a row gain {list(weight.delta.shape)}; need [{out}] or [1]")
+        return f"made a row gain {list(weight.delta.shape)}; need [{out}] or [1]"
     if weight.remainder is not None and weight.remainder.shape != (out, cols):
-        raise PieceError(f"{name} on {layer} made an update {list(weight.remainder.shape)}; need [{out}, {cols}]")
+        return f"made an update {list(weight.remainder.shape)}; need [{out}, {cols}]"
     if inner is not None and inner.dropout and not weight.dropout:
-        raise PieceError(
-            f"{name} on {layer} lost its inside's dropout={inner.dropout}: a dense form has none; set it to 0"
-        )
-    return weight
+        return f"lost its inside's dropout={inner.dropout}: a dense form has none; set it to 0"
+    return None
 
 
 def _literal(value: object) -> str:

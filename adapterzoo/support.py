@@ -1,6 +1,8 @@
-"""What a layer must be, and what a user may ask of it, before an adapter stands in for it."""
+"""What a layer must be, and what a user may ask of it, before an adapter stands in for it; what the two share."""
 
 import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +12,17 @@ from torch.nn.utils import parametrize
 from adapterzoo.errors import MisfitError, SpecError, where
 from adapterzoo.pieces import Piece, check_is_spec, misfit
 
+# Hooks that user code may hang on a module's forward and backward. A layer and its base share these tables, so hooks
+# keep firing, handles keep removing them, and they are there on the way back.
+HOOK_TABLES = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _FILE_HOOKS = (
     "_state_dict_hooks",
@@ -63,6 +76,20 @@ def check_adapter_dtype(dtype: torch.dtype | None) -> None:
     """Raise a SpecError unless an adapter's factors may have this dtype."""
     if dtype not in (None, torch.bfloat16, torch.float32):
         raise SpecError(f"adapter_dtype={dtype!r} is not valid: it should be torch.bfloat16, torch.float32 or None")
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Freeze a module's own parameters, for good unless the body fails."""
+    flags = {parameter: parameter.requires_grad for parameter in module.parameters(recurse=False)}
+    try:
+        for parameter in flags:
+            parameter.requires_grad_(False)
+        yield
+    except BaseException:
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+        raise
 
 
 def guards_fused_paths(module: nn.Module, args: Any) -> None:

@@ -1,12 +1,13 @@
 """The task: scikit-learn's 8 x 8 handwritten digits, 0 to 4 for pretraining and 5 to 9 to adapt to."""
 
-import hashlib
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
+
+from adapterzoo.streams import stream
 
 CLASSES = 5
 TEST, TRAIN, VALIDATION = 300, 200, 300
@@ -61,12 +62,6 @@ def split(seed: int) -> Split:
     test, rest = order[:TEST], order[TEST:]
     drawn = rest[torch.randperm(len(rest), generator=stream("train", seed))]
     return Split(drawn[:TRAIN], drawn[TRAIN : TRAIN + VALIDATION], test)
-
-
-def stream(*key: str | int) -> torch.Generator:
-    """A stream of random numbers of its own for every key, such as ("head", seed)."""
-    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") - 2**63)
 
 
 def _images(first: int) -> Images:

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adapterzoo.ablation.digits import CLASSES, Images, old_digits, stream
+from adapterzoo.ablation.digits import CLASSES, Images, old_digits
+from adapterzoo.streams import stream
 
 WIDTH, BLOCKS, HEADS, PATCH = 64, 2, 4, 2
 TOKENS = (8 // PATCH) ** 2

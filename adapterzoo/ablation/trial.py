@@ -8,9 +8,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from adapterzoo.ablation.digits import Images, new_digits, split, stream
+from adapterzoo.ablation.digits import Images, new_digits, split
 from adapterzoo.ablation.transformer import Classifier, State, batches, descend, new_model
 from adapterzoo.registry import parse
+from adapterzoo.streams import stream
 from adapterzoo.surgery import adapt
 
 STEPS, BATCH, LOOK_EVERY = 150, 32, 15
