@@ -1,13 +1,13 @@
-"""What an adapter may ask of the weight under it: four calls, and norms that are kept while the weight stands still."""
+"""What an adapter may ask of the weight under it: four calls."""
 
-from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_BLOCK = 2**20  # elements of a row block that is widened at a time (8 MiB in float64)
+from adapterzoo.kept import NormCache
+from adapterzoo.wide import row_blocks
 
 
 class Base(Protocol):
@@ -31,12 +31,17 @@ class Base(Protocol):
         """Where W lives."""
         ...
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors that the calls below read: a change of them between forward and backward is an error."""
+        ...
+
     def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """X Wᵀ + bias: [..., in] -> [..., out], as the base layer itself computes it."""
+        """X Wᵀ + bias: [..., in] -> [..., out], as the base layer itself computes it; a tensor that none shares."""
         ...
 
     def apply_t(self, y: Tensor) -> Tensor:
-        """Y W: [..., out] -> [..., in]."""
+        """Y W: [..., out] -> [..., in]; a tensor that none shares."""
         ...
 
     def row_norms_sq(self) -> Tensor:
@@ -46,71 +51,6 @@ class Base(Protocol):
     def dense(self) -> Tensor:
         """W itself: [out, in], in its own dtype."""
         ...
-
-
-def wide(x: Tensor) -> Tensor:
-    """Widen a thin tensor for sums of squares: float64, or float32 where the device has no float64 (MPS)."""
-    return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
-
-
-def row_norms_sq(matrix: Tensor) -> Tensor:
-    """‖m_i‖² of every row of a matrix [out, in]: [out], summed in float64 by row blocks, differentiable."""
-    return torch.cat([wide(block).square().sum(dim=1) for block in _row_blocks(matrix)])
-
-
-def safe_sqrt(x: Tensor) -> Tensor:
-    """√x with the subgradient 0 (not infinity) at 0."""
-    positive = x > 0
-    return torch.where(positive, torch.where(positive, x, torch.ones_like(x)).sqrt(), torch.zeros_like(x))
-
-
-class NormCache:
-    """Row norms of one frozen weight, kept until that weight changes.
-
-    The cache is bound to one tensor. Another tensor (functional_call, torch.func, an unmerged copy) is computed
-    and not kept; a change of the bound tensor's storage or version is seen; `bind` and `clear` are called where a
-    change can't be seen (loading, moving, merging, copying). A copy or a pickle starts empty and unbound.
-    """
-
-    def __init__(self) -> None:
-        self._bound: int | None = None  # an id: a weak reference would forbid torch to swap the tensor's contents
-        self._key: tuple[Any, ...] | None = None
-        self._value: Tensor | None = None
-
-    def bind(self, weight: Tensor) -> None:
-        """Keep the norms of this tensor from now on."""
-        self.clear()
-        self._bound = id(weight)
-
-    def clear(self) -> None:
-        """Forget the values; the binding stays."""
-        self._key = self._value = None
-
-    def see(self, weight: Tensor) -> None:
-        """Forget the values of a weight that trains: fused optimisers change one and leave its `_version` as it was."""
-        if weight.requires_grad:
-            self.clear()
-
-    def row_norms_sq(self, weight: Tensor) -> Tensor:
-        """‖w_i‖²: [out] in float64, from the cache where the weight is the bound one and has not changed."""
-        self.see(weight)
-        if weight.requires_grad:
-            return row_norms_sq(weight)
-        if torch.compiler.is_compiling():  # a value frozen into a graph would be checked by nobody
-            return row_norms_sq(weight)
-        if self._bound != id(weight) or weight.is_inference():
-            return row_norms_sq(weight)
-        key = (weight.data_ptr(), weight._version, weight.dtype, weight.device)
-        if self._value is None or key != self._key:
-            with torch.inference_mode(False), torch.no_grad():
-                self._value, self._key = row_norms_sq(weight), key
-        return self._value
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "NormCache":
-        return NormCache()
-
-    def __reduce__(self) -> tuple[type["NormCache"], tuple[()]]:
-        return NormCache, ()
 
 
 class DenseBase:
@@ -139,6 +79,11 @@ class DenseBase:
     def device(self) -> torch.device:
         """Where W lives."""
         return self.weight.device
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """W."""
+        return (self.weight,)
 
     def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """X Wᵀ + bias: [..., in] -> [..., out], by torch's own linear.
@@ -170,11 +115,6 @@ def _wider(x: Tensor, weight: Tensor) -> bool:
     return x.dtype.itemsize > weight.dtype.itemsize
 
 
-def _row_blocks(matrix: Tensor) -> Iterator[Tensor]:
-    rows = max(1, _BLOCK // max(1, matrix.shape[1]))
-    return iter(matrix.split(rows))  # type: ignore[no-untyped-call]
-
-
 # Note [Wide products with a 16-bit weight]
 # A thin float32 factor times a bf16 W must not round the factor (row norms would be good to 1e-3 only), and must not
 # keep a float32 copy of W: plain autograd would save every widened block for backward. So the two products are
@@ -185,7 +125,7 @@ class _Apply(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor) -> Tensor:
-        return torch.cat([F.linear(x, block.to(x.dtype)) for block in _row_blocks(weight)], dim=-1)
+        return torch.cat([F.linear(x, block.to(x.dtype)) for block in row_blocks(weight)], dim=-1)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -204,7 +144,7 @@ class _ApplyT(torch.autograd.Function):
     def forward(y: Tensor, weight: Tensor) -> Tensor:
         total = y.new_zeros(*y.shape[:-1], weight.shape[1])
         start = 0
-        for block in _row_blocks(weight):
+        for block in row_blocks(weight):
             total += y[..., start : start + len(block)] @ block.to(y.dtype)
             start += len(block)
         return total

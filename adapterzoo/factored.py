@@ -3,10 +3,10 @@
 from dataclasses import dataclass, replace
 
 import torch
-from einops import einsum
 from torch import Tensor
 
-from adapterzoo.base import Base, row_norms_sq, safe_sqrt, wide
+from adapterzoo.base import Base
+from adapterzoo.wide import row_forms, row_norms_sq, row_products, safe_sqrt, wide, wide_product
 
 
 class RightFactor:
@@ -40,8 +40,7 @@ class RightFactor:
     def gram(self) -> Tensor:
         """V Vᵀ: [R, R], in float64."""
         if self._gram is None or self._lacks_graph(self._gram):
-            rows = wide(self.value)
-            self._gram = rows @ rows.mT
+            self._gram = wide_product(self.value, self.value.mT)
         return self._gram
 
     def extended(self, rows: Tensor) -> "RightFactor":
@@ -133,9 +132,8 @@ class FactoredWeight:
         total = self.base.row_norms_sq()
         total = total if gain is None else gain.square() * total
         if self.U is not None and self.V is not None:
-            left, cross = wide(self.U), self._row_products(self.U, self.V)
-            own = einsum(left @ self.V.gram, left, "out r, out r -> out")
-            total = total + 2 * (cross if gain is None else gain * cross) + own
+            cross = row_products(self.V.projected, self.U)
+            total = total + 2 * (cross if gain is None else gain * cross) + row_forms(self.U, self.V.gram)
         return safe_sqrt(total).to(self._like().dtype)
 
     def update_norm(self) -> Tensor:
@@ -147,13 +145,12 @@ class FactoredWeight:
             return safe_sqrt(row_norms_sq(self.dense_update()).sum()[None])
         total = self.base.row_norms_sq().new_zeros(1)
         if self.U is not None and self.V is not None:
-            left = wide(self.U)
-            total = total + ((left.mT @ left) * self.V.gram).sum()
+            total = total + (wide_product(self.U.mT, self.U) * self.V.gram).sum()
         if self.delta is not None:
             delta = wide(self.delta)
             total = total + (delta.square() * self.base.row_norms_sq()).sum()
             if self.U is not None and self.V is not None:
-                total = total + 2 * (delta * self._row_products(self.U, self.V)).sum()
+                total = total + 2 * (delta * row_products(self.V.projected, self.U)).sum()
         return safe_sqrt(total)
 
     def dense_update(self) -> Tensor:
@@ -172,10 +169,6 @@ class FactoredWeight:
         """W' as a matrix: [out, in], in the factors' dtype."""
         update = self.dense_update()
         return self.base.dense().to(update.dtype) + update
-
-    def _row_products(self, U: Tensor, V: RightFactor) -> Tensor:
-        """⟨w_i, (U V)_i⟩ of every row: [out], in float64."""
-        return einsum(wide(V.projected), wide(U), "out r, out r -> out")
 
     def _like(self) -> Tensor:
         """Any tensor in the factors' dtype; a generator sets one of them."""

@@ -1,10 +1,11 @@
-"""The one kernel that every adapted linear layer runs through."""
+"""The one function that every adapted linear layer runs through."""
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from adapterzoo.base import Base
+from adapterzoo.kernel import Dropout, FactoredLinear, Operands, forward
+from adapterzoo.wide import in_transform
 
 
 def factored_linear(
@@ -18,6 +19,7 @@ def factored_linear(
     remainder: Tensor | None = None,
     dropout: float = 0.0,
     drop_rows: int = 0,
+    lean: bool = False,
 ) -> Tensor:
     """Apply an adapted weight in its normal form, without forming it.
 
@@ -26,6 +28,11 @@ def factored_linear(
     The first `drop_rows` rows of V see dropout(x), everything else sees x. The sum is formed in at least float32 and
     rounded once, to the dtype of x Wᵀ (the autocast dtype under autocast). Without δ the base product takes the bias
     along, so that a zero update gives the very bits of the base layer.
+
+    Beside its arguments the backward keeps x Vᵀ, and x Wᵀ where a δ: [out] trains (y in its place if `lean`):
+
+        ∂x = (∂y∘(1 + δ)) W + (∂y U) V + ∂y D    ∂U = ∂yᵀ (x Vᵀ)    ∂V = (∂y U)ᵀ x    ∂D = ∂yᵀ x
+        ∂δ_i = Σ_t ∂y_ti (x Wᵀ)_ti, and for δ: [1] their sum ⟨∂y W, x⟩, which needs no x Wᵀ
 
     Shapes:
         x: [..., in]; W: [out, in]; delta: [out] or [1]; bias: [out]; U: [out, R]; V: [R, in]; remainder: [out, in];
@@ -41,37 +48,25 @@ def factored_linear(
         remainder: D.
         dropout: probability of dropping an input element on the way into the first rows of V; 0 in evaluation.
         drop_rows: how many rows of V that concerns.
+        lean: keep y, which the next operation often keeps anyway, and not x Wᵀ; then y must not be changed in place.
+            No effect under torch.compile, which decides by itself what to keep.
 
     Returns:
         y.
 
     Source:
-        The normal form of docs/algebra.md; dropout as in LoRA (arXiv 2106.09685), on the update's input alone.
+        The normal form and its gradients: docs/algebra.md; dropout as in LoRA (arXiv 2106.09685), on the update's input
+        alone.
 
     Deviations:
         PEFT's DoRA also drops inside the base term; here the base term never sees dropout.
     """
-    z = base.apply(x, bias if delta is None else None)
-    if delta is None and U is None and remainder is None:
-        return z
-    with torch.autocast(x.device.type, enabled=False):
-        x = x.to(z.dtype)
-        y = z.to(torch.promote_types(z.dtype, torch.float32))
-        if delta is not None:  # not from a product that holds the bias: a large gain would magnify the bias's round-off
-            y = torch.addcmul(y, y, delta.to(y.dtype))
-        if U is not None and V is not None:
-            h = _project(x, V.to(z.dtype), dropout, drop_rows)
-            y = y + F.linear(h.to(y.dtype), U.to(y.dtype))
-        if remainder is not None:
-            y = y + F.linear(x, remainder.to(z.dtype)).to(y.dtype)
-        if delta is not None and bias is not None:
-            y = y + bias.to(y.dtype)
-        return y.to(z.dtype)
-
-
-def _project(x: Tensor, V: Tensor, dropout: float, drop_rows: int) -> Tensor:
-    """X Vᵀ: [..., R], the first `drop_rows` columns from dropout(x)."""
-    if dropout == 0.0 or drop_rows == 0:
-        return F.linear(x, V)
-    dropped = F.linear(F.dropout(x, dropout), V[:drop_rows])
-    return torch.cat([dropped, F.linear(x, V[drop_rows:])], dim=-1) if drop_rows < len(V) else dropped
+    drop = (
+        Dropout(dropout, drop_rows, torch.rand(x.shape, device=x.device) < dropout) if dropout and drop_rows else None
+    )
+    operands = Operands(x, delta, U, V, bias, remainder)
+    if in_transform() or any(tensor.requires_grad for tensor in base.tensors):
+        return forward(base, operands, drop, in_place=False).y
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in operands):
+        return FactoredLinear.apply(base, lean, *(drop or (0.0, 0, None)), *operands)  # type: ignore[no-any-return, no-untyped-call]
+    return forward(base, operands, drop, in_place=not torch.compiler.is_compiling()).y

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adapterzoo.adapter import Adapter
-from adapterzoo.base import DenseBase, NormCache
+from adapterzoo.base import DenseBase
 from adapterzoo.errors import (
     InputError,
     MergedError,
@@ -20,6 +20,7 @@ from adapterzoo.errors import (
 )
 from adapterzoo.factored import FactoredWeight
 from adapterzoo.functional import factored_linear
+from adapterzoo.kept import KeptFactors, NormCache
 from adapterzoo.pieces import Piece, Site
 from adapterzoo.support import (
     HOOK_TABLES,
@@ -30,6 +31,7 @@ from adapterzoo.support import (
     guards_fused_paths,
     unsupported,
 )
+from adapterzoo.wide import full_precision
 
 _GONE = "was merged with keep_base=False: its base weight is gone; unload(model, merge=True) makes it a plain layer"
 
@@ -61,6 +63,8 @@ class AdaptedLinear(nn.Module):
         name: the layer's name in its model, for streams of random numbers and for messages.
         adapter_dtype: torch.bfloat16 or torch.float32 for the adapter's factors; by default they have the weight's
             dtype, but at least float32. Magnitudes and rotations are float32 or wider in any case.
+        lean: where a gain for each row trains, keep y for the backward, which the next operation often keeps anyway,
+            instead of x Wᵀ. An operation that changes y in place is then torch's error in the backward.
 
     Raises:
         UnsupportedLayerError: base is not an nn.Linear with an ordinary floating-point weight.
@@ -89,6 +93,7 @@ class AdaptedLinear(nn.Module):
         seed: int = 0,
         name: str = "",
         adapter_dtype: torch.dtype | None = None,
+        lean: bool = False,
     ) -> None:
         super().__init__()
         problem = unsupported(base)
@@ -96,11 +101,12 @@ class AdaptedLinear(nn.Module):
             raise UnsupportedLayerError(name, type(base).__name__, problem)
         check_adapter_dtype(adapter_dtype)
         spec = check_fits(spec, base, name)
-        self.name, self.seed = name, check_seed(seed)
+        self.name, self.seed, self.lean = name, check_seed(seed), lean
         self.merged, self.disabled, self._warned = False, False, False
         self._base_device: torch.device | str | None = None
         self._norms = NormCache()
         self._norms.bind(base.weight)
+        self._factors: KeptFactors[FactoredWeight] = KeptFactors()
         self.__dict__["base"] = base  # kept, but no submodule: its parameters are this layer's own
         self._parameters = base._parameters
         with frozen(base):  # so that the norms that initial values need are kept
@@ -148,7 +154,7 @@ class AdaptedLinear(nn.Module):
         if self.merged:
             self._check_no_gradient_is_lost()
             return F.linear(x, self.weight, self.bias)
-        weight = self.factored_weight()
+        weight = self._kept_weight()
         return factored_linear(
             x,
             weight.base,
@@ -159,23 +165,31 @@ class AdaptedLinear(nn.Module):
             remainder=weight.remainder,
             dropout=weight.dropout if self.training else 0.0,
             drop_rows=weight.drop_rows,
+            lean=self.lean,
         )
 
     def factored_weight(self) -> FactoredWeight:
         """W' in normal form, from the parameters as they are now; differentiable."""
         if not self._initialised:
             raise UninitialisedError(self.name)
-        with torch.autocast(self.weight.device.type, enabled=False):
+        with full_precision(self.weight.device.type):
             return self.adapter.weight(self._site())
+
+    def _kept_weight(self) -> FactoredWeight:
+        """As `factored_weight`, but with grad mode off the one of the last call, where nothing has changed."""
+        if torch.is_grad_enabled():
+            return self.factored_weight()
+        parameters, buffers = self.adapter.tensors()
+        return self._factors.get((self.weight, *parameters), buffers, self.factored_weight)
 
     def effective_weight(self) -> Tensor:
         """W': [out, in], in the weight's dtype, rounded once; differentiable. Dropout is no part of it."""
-        with torch.autocast(self.weight.device.type, enabled=False):  # of the products of factors in dense() too
+        with full_precision(self.weight.device.type):
             return self.factored_weight().dense().to(self.weight.dtype)
 
     def delta_weight(self) -> Tensor:
         """W' − W: [out, in], in the weight's dtype, computed without the subtraction; differentiable."""
-        with torch.autocast(self.weight.device.type, enabled=False):
+        with full_precision(self.weight.device.type):
             return self.factored_weight().dense_update().to(self.weight.dtype)
 
     def merge(self, keep_base: bool = True, base_device: torch.device | str | None = None) -> None:
@@ -276,8 +290,14 @@ class AdaptedLinear(nn.Module):
             raise UninitialisedError(self.name)
 
     def refresh(self) -> None:
-        """Forget what is kept of the base weight: call it after writing to the weight through `.data`."""
+        """Forget what is kept between calls: call it after writing to a weight or a parameter through `.data`."""
         self._norms.bind(self.weight)
+        self._factors.clear()
+
+    def train(self, mode: bool = True) -> Self:
+        """As every module does; what is kept between calls is forgotten."""
+        self._factors.clear()
+        return super().train(mode)
 
     def _site(self) -> Site:
         weight = self._base_weight()

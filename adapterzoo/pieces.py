@@ -11,10 +11,11 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError
 from torch import Tensor
 
-from adapterzoo.base import Base, safe_sqrt
+from adapterzoo.base import Base
 from adapterzoo.errors import PieceError, SpecError, did_you_mean, where
 from adapterzoo.factored import FactoredWeight, RightFactor
 from adapterzoo.streams import stream
+from adapterzoo.wide import safe_sqrt
 
 
 class Role(StrEnum):

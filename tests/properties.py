@@ -55,7 +55,10 @@ def close(actual, expected, scale, tolerance, what, case):
 
 
 def forward_is_rounded_once(case: Case):
-    """W' itself is good to float32, and y = round(z + δ∘z + h Uᵀ + x Dᵀ + bias) from 16-bit z, h and x Dᵀ."""
+    """W' itself is good to float32, and y = round(z + δ∘z + h Uᵀ + x Dᵀ + bias) from 16-bit z, h and x Dᵀ.
+
+    Where y is z + h Uᵀ alone, U is a 16-bit factor of that product too.
+    """
     layer, x = layer_of(case), input_of(case)
     truth, weight = Truth(layer, case.dtype), layer.factored_weight()
     close(weight.dense(), truth.weight, truth.weight_scale, FORWARD[torch.float32], "factors of a 16-bit weight", case)
@@ -64,7 +67,8 @@ def forward_is_rounded_once(case: Case):
     size_of_terms = y.abs()
     terms = [] if weight.delta is None else [weight.delta.double() * y]
     if weight.U is not None:
-        terms.append(linear(x, weight.V.value.to(x.dtype)).double() @ weight.U.double().T)
+        U = weight.U.to(x.dtype) if weight.delta is None and weight.remainder is None else weight.U
+        terms.append(linear(x, weight.V.value.to(x.dtype)).double() @ U.double().T)
     if weight.remainder is not None:
         terms.append(linear(x, weight.remainder.to(x.dtype)).double())
     if weight.delta is not None and layer.bias is not None:
@@ -174,21 +178,31 @@ def evaluation_follows_training(case: Case):
             close(layer(x), truth.forward(x), truth.output_scale(x), FORWARD[case.dtype], "after a step", case)
 
 
-def dropout_is_the_generators_own(case: Case, monkeypatch):
-    """train: y = x W'ᵀ + (drop(x) − x) Gᵀ + bias, with G the generator's part of W'; eval: no dropout."""
-    layer, x = layer_of(case), input_of(case)
-    keep = (torch.rand(x.shape, generator=stream(case, 5)) < 0.5).to(x.dtype) * 2
-
-    def fixed_mask(value, p):
-        assert p == layer.adapter.generator.spec.dropout, f"dropped with probability {p}: {case}"
-        return value * keep
-
-    monkeypatch.setattr(torch.nn.functional, "dropout", fixed_mask)
+def dropout_is_the_generators_own(case: Case):
+    """train: y = x W'ᵀ + (drop(x) − x) Gᵀ + bias, with G the generator's part of W', and its gradients; eval: x W'ᵀ."""
+    layer, x = layer_of(case), input_of(case).requires_grad_()
+    p = layer.adapter.generator.spec.dropout
+    torch.manual_seed(case.seed)
+    keep = (torch.rand(x.shape) >= p).double() / (1 - p)
     truth, tolerance = Truth(layer, case.dtype), FORWARD[case.dtype]
-    expected, scale = truth.forward(x), 3 * truth.output_scale(x)
-    close(layer.eval()(x), expected, scale, tolerance, "eval with dropout", case)
-    expected = expected + (x * keep - x).double() @ truth.part.T
-    close(layer.train()(x), expected, scale, tolerance, "train with dropout", case)
+    scale = (1 + 2 / (1 - p)) * truth.output_scale(x)
+    close(layer.eval()(x), truth.forward(x), scale, tolerance, "eval with dropout", case)
+    torch.manual_seed(case.seed)
+    y = layer.train()(x)
+    x_true = x.detach().double().requires_grad_()
+    y_true = truth.forward(x_true) + (x_true * keep - x_true) @ truth.part.T
+    close(y, y_true, scale, tolerance, "train with dropout", case)
+    weights = functional_of(case)
+    (y * weights.to(case.dtype)).sum().backward()
+    (y_true * weights).sum().backward()
+    tolerance, scale = GRADIENT[case.dtype], scale / max(size(x), 1e-30)
+    close(x.grad, x_true.grad, size(weights) * scale, tolerance, "gradient of x with dropout", case)
+    work = size(weights) * size(x) * scale
+    for name, parameter in layer.adapter.named_parameters():
+        true = truth.leaves[name].grad
+        true = torch.zeros_like(truth.leaves[name]) if true is None else true
+        limit = size(true) * truth.kappa + work / max(size(parameter), 1e-30)
+        close(parameter.grad, true, limit, tolerance, f"gradient of {name} with dropout", case)
 
 
 def zero_update_has_no_dropout(case: Case):

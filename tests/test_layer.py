@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
 import adapterzoo as az
-from adapterzoo import MAP, SORA, AdaLoRA, AdaptedLinear, DoRA, FLoRA, Full, LoRA, PreDiag, base
+from adapterzoo import MAP, SORA, AdaLoRA, AdaptedLinear, DoRA, FLoRA, Full, LoRA, PreDiag, kept
 from adapterzoo.errors import (
     MergedError,
     MisfitError,
@@ -182,8 +182,8 @@ def test_copies_are_equal_and_independent(x, merged):
 
 def test_copies_keep_the_norms_of_the_base(x, monkeypatch):
     calls = []
-    original = base.row_norms_sq
-    monkeypatch.setattr(base, "row_norms_sq", lambda matrix: calls.append(1) or original(matrix))
+    original = kept.row_norms_sq
+    monkeypatch.setattr(kept, "row_norms_sq", lambda matrix: calls.append(1) or original(matrix))
     for other in copies(layer_of()):
         calls.clear()
         for _ in range(3):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adapterzoo import MAP, SORA, AdaLoRA, AdaptedLinear, DoRA, FLoRA, Full, LoRA, PreDiag, base
+from adapterzoo import MAP, SORA, AdaLoRA, AdaptedLinear, DoRA, FLoRA, Full, LoRA, PreDiag, kept, wide
 from adapterzoo.factored import FactoredWeight
 
 OUT, IN, TOKENS = 192, 160, 24
@@ -61,7 +61,7 @@ def test_nothing_as_large_as_the_weight_is_formed(spec):
 
 @pytest.mark.parametrize("spec", [DoRA(LoRA(r=4)), SIX_DEEP], ids=repr)
 def test_a_16_bit_weight_is_widened_by_row_blocks_only(spec, monkeypatch):
-    monkeypatch.setattr(base, "_BLOCK", IN * 16)
+    monkeypatch.setattr(wide, "_BLOCK", IN * 16)
     assert large_results(spec, torch.bfloat16) == []
 
 
@@ -75,13 +75,13 @@ def test_the_norms_of_a_frozen_weight_are_taken_once():
     """The second forward widens nothing of W: its row norms are kept."""
     layer = AdaptedLinear(nn.Linear(IN, OUT), DoRA(LoRA(r=4)))
     calls = []
-    original = base.row_norms_sq
+    original = kept.row_norms_sq
 
     def counted(matrix):
         calls.append(matrix.shape)
         return original(matrix)
 
-    base.row_norms_sq = counted
+    kept.row_norms_sq = counted
     try:
         for _ in range(3):
             layer(torch.randn(2, IN)).sum().backward()
@@ -91,4 +91,4 @@ def test_the_norms_of_a_frozen_weight_are_taken_once():
         layer(torch.randn(2, IN))
         assert calls == [(OUT, IN)]
     finally:
-        base.row_norms_sq = original
+        kept.row_norms_sq = original

@@ -139,7 +139,7 @@ def a_magnitude_starts_again_on_load(patch):  # the third-party LoMAP: alpha set
     patch.setattr(AdaptedLinear, "factored_weight", forgetful)
 
 
-@mutant("dropout", dropouts=(0.1, 0.5), full=False)
+@mutant(properties.dropout_is_the_generators_own, dropouts=(0.1, 0.5), full=False)
 def dropout_reaches_the_base_path(patch):  # PEFT's DoRA, LoRA-Dash's DeLoRA
     original = functional.factored_linear
 
@@ -224,7 +224,7 @@ def unmerge_subtracts(patch):  # PEFT: arithmetic instead of a kept copy
     patch.setattr(AdaptedLinear, "unmerge", broken)
 
 
-@mutant("dropout", dropouts=(0.1, 0.5), full=False)
+@mutant(properties.dropout_is_the_generators_own, dropouts=(0.1, 0.5), full=False)
 def dropout_has_another_probability(patch):
     original = functional.factored_linear
 
@@ -326,11 +326,7 @@ def run(prop, draws, monkeypatch):
               suppress_health_check=list(HealthCheck))  # fmt: skip
     @given(cases(**{"dtypes": BOTH, **draws}))
     def check(case):
-        if prop == "dropout":
-            with monkeypatch.context() as patch:
-                properties.dropout_is_the_generators_own(case, patch)
-        else:
-            prop(case)
+        prop(case)
 
     check()
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from adapterzoo import MAP, SORA, AdaLoRA, AdaptedLinear, DoRA, FLoRA, LoRA, PreDiag, base, factored
+from adapterzoo import MAP, SORA, AdaLoRA, AdaptedLinear, DoRA, FLoRA, LoRA, PreDiag, factored, wide
 from adapterzoo.errors import UnfrozenBaseWarning
 
 FACTORED = [LoRA(r=4, alpha=6), AdaLoRA(r=4), FLoRA(r=(4, 3))]
@@ -64,7 +64,7 @@ def test_bf16_rounds_its_output_once():
 
 @pytest.mark.parametrize("spec", [DoRA(LoRA(r=4)), DoRA(SORA(MAP(LoRA(r=4))))], ids=repr)
 def test_row_norms_over_a_bf16_weight_are_good_to_1e_5(spec, monkeypatch):
-    monkeypatch.setattr(base, "_BLOCK", 96 * 7)  # several row blocks, the last one shorter
+    monkeypatch.setattr(wide, "_BLOCK", 96 * 7)  # several row blocks, the last one shorter
     layer = perturbed(spec, 64, 96, torch.bfloat16, strength=0.3)
     inside = layer.adapter.inner.weight(layer._site())
     exact = (layer.weight.double() + (inside.dense() - layer.weight.float()).double()).norm(dim=1)
@@ -140,7 +140,7 @@ def test_far_scales_stay_finite_in_float32(spec, scale):
 
 
 def test_the_far_scales_would_notice_float32_sums(monkeypatch):
-    for module in (base, factored):
+    for module in (wide, factored):
         monkeypatch.setattr(module, "wide", lambda x: x.float())
     with pytest.raises(AssertionError):
         test_far_scales_stay_finite_in_float32(DoRA(LoRA(r=2)), 1e-25)

@@ -44,11 +44,9 @@ def test_evaluation_follows_training(case):
     properties.evaluation_follows_training(case)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-@given(case=cases(dropouts=(0.1, 0.5), full=False))
-def test_dropout_is_the_generators_own(case, monkeypatch):
-    with monkeypatch.context() as patch:
-        properties.dropout_is_the_generators_own(case, patch)
+@given(cases(dropouts=(0.1, 0.5), full=False))
+def test_dropout_is_the_generators_own(case):
+    properties.dropout_is_the_generators_own(case)
 
 
 @given(cases(dropouts=(0.1, 0.5), full=False))

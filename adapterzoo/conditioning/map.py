@@ -7,10 +7,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from adapterzoo.base import wide
 from adapterzoo.factored import FactoredWeight
 from adapterzoo.pieces import Parameters, Role, Site, Wrapper
 from adapterzoo.registry import register
+from adapterzoo.wide import wide
 
 _LITERAL_FLOOR = 1e-6
 

@@ -7,10 +7,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from adapterzoo.base import wide
 from adapterzoo.factored import FactoredWeight
 from adapterzoo.pieces import Parameters, Role, Site, Wrapper
 from adapterzoo.registry import register
+from adapterzoo.wide import wide_product
 
 Map = Literal["cayley", "exp", "first_order"]
 
@@ -85,9 +85,9 @@ class SORA(Wrapper):
         left, right = torch.cat([E, -C], dim=1), torch.cat([C, E], dim=1).mT
         if self.map == "first_order":
             return left, right
-        small = wide(right) @ wide(left)
+        small = wide_product(right, left)
         middle = _cayley_middle(small) if self.map == "cayley" else _exp_middle(small)
-        return (wide(left) @ middle).to(C.dtype), right
+        return wide_product(left, middle).to(C.dtype), right
 
 
 def _cayley_middle(Z: Tensor) -> Tensor:

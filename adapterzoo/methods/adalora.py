@@ -58,5 +58,5 @@ class AdaLoRA(RankScaled):
         }
 
     def update(self, params: Parameters, site: Site) -> FactoredWeight:
-        """U = s P diag(λ ∘ mask), V = Q."""
-        return site.low_rank(self.scale * params.P * (params.lam * params.mask), params.Q, dropout=self.dropout)
+        """U = P diag(s λ ∘ mask), V = Q."""
+        return site.low_rank(params.P * (self.scale * params.lam * params.mask), params.Q, dropout=self.dropout)

@@ -79,6 +79,10 @@ class FLoRA(Generator):
         }
 
     def update(self, params: Parameters, site: Site) -> FactoredWeight:
-        """U = scale A, V = core B."""
-        rows = einsum(params.core, params.B, "r_out r_in, r_in cols -> r_out cols")
-        return site.low_rank(self.scale * params.A, rows, dropout=self.dropout)
+        """U = A, V = scale core B; or U = A scale core, V = B where r_in < r_out: the rank is the smaller of both."""
+        core = self.scale * params.core
+        if core.shape[0] <= core.shape[1]:
+            rows = einsum(core, params.B, "r_out r_in, r_in cols -> r_out cols")
+            return site.low_rank(params.A, rows, dropout=self.dropout)
+        columns = einsum(params.A, core, "rows r_out, r_out r_in -> rows r_in")
+        return site.low_rank(columns, params.B, dropout=self.dropout)

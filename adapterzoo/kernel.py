@@ -1,0 +1,235 @@
+"""The normal form applied to an input, and its backward: what is formed, in which order, and what is kept."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from adapterzoo.base import Base
+from adapterzoo.wide import wide
+
+_BLOCK = 2**22  # elements that are multiplied at a time where only sums of products are wanted
+_SMALL_GAIN = 2.0**-4  # a gain below it is not divided by: too many digits would be lost
+
+
+class Operands(NamedTuple):
+    """What y is made of and what may want a gradient; None is absent. Shapes as in `factored_linear`."""
+
+    x: Tensor
+    delta: Tensor | None
+    U: Tensor | None
+    V: Tensor | None
+    bias: Tensor | None
+    remainder: Tensor | None
+
+
+class Dropout(NamedTuple):
+    """Dropout of x on the way into the first rows of V. The factor 1 / (1 − p) acts on the thin side."""
+
+    p: float
+    rows: int
+    dropped: Tensor  # bool, of the shape of x
+
+    def zero(self, x: Tensor) -> Tensor:
+        """X with zeros where it is dropped: [tokens, in]."""
+        return x.masked_fill(flat(self.dropped), 0)
+
+
+class Products(NamedTuple):
+    """y, and what was formed on the way: h = x Vᵀ, and z = x Wᵀ where it was to be kept."""
+
+    y: Tensor
+    h: Tensor | None
+    z: Tensor | None
+
+
+def flat(x: Tensor) -> Tensor:
+    """[..., n] -> [tokens, n]."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def forward(base: Base, operands: Operands, drop: Dropout | None, in_place: bool, keep_z: bool = False) -> Products:
+    """y = x Wᵀ + δ∘(x Wᵀ) + (x Vᵀ) Uᵀ + x Dᵀ + bias, rounded once.
+
+    In the memory of x Wᵀ where `in_place` allows it, else by operations that autograd and torch.func can follow.
+    """
+    x, delta, U, V, bias, remainder = operands
+    z = base.apply(x, bias if delta is None else None)
+    with _without_autocast(x.device.type):
+        narrow, total = z.dtype, _at_least_float32(z.dtype)
+        rows, y, h = flat(x).to(narrow), flat(z), None
+        if delta is not None:
+            gain = (1 + delta).to(total)
+            own = y if in_place and not keep_z and narrow == total else None
+            # The bias is not in z: a large gain would magnify the round-off of a product that holds it.
+            y = torch.mul(y, gain, out=own) if bias is None else torch.addcmul(bias.to(total), y, gain, out=own)
+        elif remainder is not None:
+            y = y.to(total)
+        if U is not None and V is not None:
+            h = _project(rows, V.to(narrow), drop)
+            left, right = h.to(y.dtype), U.to(y.dtype).mT
+            y = y.addmm_(left, right) if in_place else torch.addmm(y, left, right)
+        if remainder is not None:
+            dense = rows @ remainder.to(narrow).mT
+            y = y.add_(dense) if in_place else y + dense
+        return Products(y.to(narrow).reshape(z.shape), h, z if keep_z else None)
+
+
+# Note [What the backward keeps]
+# Its operands (the factors live anyway), h, and for a trained δ: [out] either z or, if lean, y. The base's tensors are
+# saved too, so that torch sees a change of them between forward and backward. A backward that is to be differentiated
+# itself is autograd's through `forward`: there h and z must carry their graph.
+class FactoredLinear(torch.autograd.Function):
+    """y of `forward`, with the gradients of `backward`."""
+
+    @staticmethod
+    def forward(  # noqa: D102
+        ctx: Any, base: Base, lean: bool, p: float, drop_rows: int, dropped: Tensor | None, *operands: Any
+    ) -> Tensor:
+        every = Operands(*operands)
+        compiling = torch.compiler.is_compiling()  # then the compiler chooses what to keep and what to write in place
+        per_row = every.delta is not None and every.delta.shape[0] > 1 and ctx.needs_input_grad[6]
+        ctx.lean = lean and per_row and every.remainder is None and not compiling
+        ctx.base, ctx.p, ctx.drop_rows, ctx.device = base, p, drop_rows, every.x.device.type
+        ctx.autocast = torch.is_autocast_enabled(ctx.device)
+        ctx.autocast_dtype = torch.get_autocast_dtype(ctx.device)
+        drop = None if dropped is None else Dropout(p, drop_rows, dropped)
+        made = forward(base, every, drop, in_place=not compiling, keep_z=per_row and not ctx.lean)
+        y: Tensor = torch.ops.aten._unsafe_view.default(made.y, made.y.shape)  # no view: users may write to it
+        ctx.save_for_backward(*every, dropped, made.h, y if ctx.lean else made.z, *base.tensors)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
+        saved = ctx.saved_tensors
+        operands, (dropped, h, kept) = Operands(*saved[:6]), saved[6:9]
+        drop = None if dropped is None else Dropout(ctx.p, ctx.drop_rows, dropped)
+        wanted = ctx.needs_input_grad[5:]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return (None,) * 5 + _differentiable(ctx, grad, operands, drop, wanted)
+        with _without_autocast(ctx.device):
+            return (None,) * 5 + _gradients(ctx, grad, operands, drop, h, kept, wanted)
+
+
+def _gradients(
+    ctx: Any,
+    grad: Tensor,
+    operands: Operands,
+    drop: Dropout | None,
+    h: Tensor | None,
+    kept: Any,
+    wanted: tuple[bool, ...],
+) -> tuple[Any, ...]:
+    """The gradients of those operands that want one, in their order."""
+    x, delta, U, V, bias, remainder = cast(tuple[Any, ...], operands)  # what is wanted is there
+    for_x, for_delta, for_U, for_V, for_bias, for_remainder = wanted
+    narrow, total = grad.dtype, _at_least_float32(grad.dtype)
+    dy, rows = flat(grad), flat(x).to(narrow)
+    gain: Any = None if delta is None else (1 + delta).to(total)
+    shared = gain is not None and len(gain) == 1  # one gain for all rows: ∂δ = ⟨∂y W, x⟩ needs no z
+    dh: Any = None
+    dx: Any = None
+    d_delta: Any = None
+    d_bias: Any = dy.sum(dim=0, dtype=total) if for_bias or ctx.lean else None
+    if U is not None and (for_x or for_V):
+        dh = dy @ U.to(narrow)
+    dU = (h.mT @ dy).mT.to(U.dtype) if h is not None and (for_U or ctx.lean) else None
+    dV = _project_back(dh, rows, drop).to(V.dtype) if for_V else None
+    d_remainder = (dy.mT @ rows).to(remainder.dtype) if for_remainder else None
+    if for_x or (for_delta and shared):
+        with _autocast_of(ctx):
+            dx = ctx.base.apply_t(dy if gain is None or shared else (dy * gain).to(narrow)).to(narrow)
+    if for_delta and shared:
+        d_delta = _sum_of_products(dx, rows)
+    elif for_delta and ctx.lean and bool((gain.abs() >= _SMALL_GAIN).all()):
+        # Σ_t ∂y_ti y_ti = l_i ∂δ_i + ⟨U_i, ∂U_i⟩ + bias_i Σ_t ∂y_ti
+        d_delta = _column_products(dy, flat(kept))
+        d_delta = d_delta if dU is None else d_delta - (U * dU).sum(dim=1)
+        d_delta = (d_delta if bias is None else d_delta - bias * d_bias) / gain
+    elif for_delta:
+        with _autocast_of(ctx):
+            d_delta = _column_products(dy, flat(ctx.base.apply(x) if ctx.lean else kept))
+    if for_x:
+        dx = dx.mul_(gain) if shared else dx
+        dx = dx if U is None else _add_back(dx, dh, V.to(narrow), drop)
+        dx = dx if remainder is None else dx.addmm_(dy, remainder.to(narrow))
+        dx = dx.view(x.shape).to(x.dtype)
+    return (
+        dx if for_x else None,
+        d_delta.to(delta.dtype) if for_delta else None,
+        dU if for_U else None,
+        dV,
+        d_bias.to(bias.dtype) if for_bias else None,
+        d_remainder,
+    )
+
+
+def _differentiable(
+    ctx: Any, grad: Tensor, operands: Operands, drop: Dropout | None, wanted: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """The same gradients with a graph of their own, for a backward that is differentiated again."""
+    # One operand may be made of another (V of δ, under a rotation): aliases keep the partial derivatives apart.
+    aliases = [t.view_as(t) if t is not None and want else t for t, want in zip(operands, wanted, strict=True)]
+    with _autocast_of(ctx):
+        y = forward(ctx.base, Operands(*aliases), drop, in_place=False).y  # type: ignore[arg-type]
+    inputs = [alias for alias, want in zip(aliases, wanted, strict=True) if alias is not None and want]
+    gradients = iter(torch.autograd.grad(y, inputs, grad, create_graph=True))
+    return tuple(next(gradients) if want else None for want in wanted)
+
+
+def _project(x: Tensor, V: Tensor, drop: Dropout | None) -> Tensor:
+    """h = x Vᵀ: [tokens, R], the first columns from dropout(x)."""
+    if drop is None:
+        return x @ V.mT
+    own = drop.zero(x) @ V[: drop.rows].mT / (1 - drop.p)
+    return torch.cat([own, x @ V[drop.rows :].mT], dim=1) if drop.rows < len(V) else own
+
+
+def _project_back(dh: Tensor, x: Tensor, drop: Dropout | None) -> Tensor:
+    """∂V = ∂hᵀ x: [R, in], the first rows from dropout(x)."""
+    if drop is None:
+        return dh.mT @ x
+    own = dh[:, : drop.rows].mT @ drop.zero(x) / (1 - drop.p)
+    return torch.cat([own, dh[:, drop.rows :].mT @ x]) if drop.rows < dh.shape[1] else own
+
+
+def _add_back(dx: Tensor, dh: Tensor, V: Tensor, drop: Dropout | None) -> Tensor:
+    """∂x + ∂h V: [tokens, in], in place; what the first columns give passes the dropout."""
+    if drop is None:
+        return dx.addmm_(dh, V)
+    if drop.rows < len(V):
+        dx = dx.addmm_(dh[:, drop.rows :], V[drop.rows :])
+    return dx.add_(drop.zero(dh[:, : drop.rows] / (1 - drop.p) @ V[: drop.rows]))
+
+
+def _column_products(left: Tensor, right: Tensor) -> Tensor:
+    """Σ_t left_ti right_ti: [tokens, n], [tokens, n] -> [n], in float32 or wider."""
+    total = _at_least_float32(left.dtype)
+    parts = [(a.to(total) * b).sum(dim=0) for a, b in _blocks(left, right)]
+    return torch.stack(parts).sum(dim=0)
+
+
+def _sum_of_products(left: Tensor, right: Tensor) -> Tensor:
+    """Σ_ti left_ti right_ti: [tokens, n], [tokens, n] -> [1], in float64."""
+    total = _at_least_float32(left.dtype)
+    return torch.stack([wide((a.to(total) * b).sum()) for a, b in _blocks(left, right)]).sum(dim=0, keepdim=True)
+
+
+def _blocks(left: Tensor, right: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Pairs of row blocks, so that their products stay small."""
+    rows = max(1, len(left) if torch.compiler.is_compiling() else _BLOCK // max(1, left.shape[1]))
+    return list(zip(left.split(rows), right.split(rows), strict=True))  # type: ignore[no-untyped-call]
+
+
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _without_autocast(device: str) -> AbstractContextManager[Any]:
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def _autocast_of(ctx: Any) -> AbstractContextManager[Any]:
+    """Autocast as it was in forward: the base's own products go by it."""
+    return torch.autocast(ctx.device, dtype=ctx.autocast_dtype, enabled=ctx.autocast)

@@ -1,0 +1,154 @@
+"""Sums in float64: by row blocks, or of thin products that keep for the backward only what they were made of."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+_BLOCK = 2**20  # elements of a row block that is widened at a time (8 MiB in float64)
+_FLAGS = [backend.matmul for backend in (torch.backends.cuda, torch.backends.mkldnn) if hasattr(backend, "matmul")]
+_FLAGS = [flags for flags in _FLAGS if hasattr(flags, "fp32_precision")]
+_FULL = {"highest", "ieee", "none", None}
+
+
+def wide(x: Tensor) -> Tensor:
+    """Widen a thin tensor for sums of squares: float64, or float32 where the device has no float64 (MPS)."""
+    return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
+
+
+def safe_sqrt(x: Tensor) -> Tensor:
+    """√x with the subgradient 0 (not infinity) at 0."""
+    positive = x > 0
+    return torch.where(positive, torch.where(positive, x, torch.ones_like(x)).sqrt(), torch.zeros_like(x))
+
+
+def row_blocks(matrix: Tensor) -> Iterator[Tensor]:
+    """Blocks of rows of a matrix, small enough to be widened one at a time."""
+    rows = max(1, _BLOCK // max(1, matrix.shape[1]))
+    return iter(matrix.split(rows))  # type: ignore[no-untyped-call]
+
+
+def row_norms_sq(matrix: Tensor) -> Tensor:
+    """‖m_i‖² of every row of a matrix [out, in]: [out], summed in float64 by row blocks, differentiable."""
+    return torch.cat([wide(block).square().sum(dim=1) for block in row_blocks(matrix)])
+
+
+def wide_product(left: Tensor, right: Tensor) -> Tensor:
+    """Left @ right: [n, k], [k, m] -> [n, m], in float64."""
+    if torch.compiler.is_compiling() or in_transform():
+        return wide(left) @ wide(right)
+    return _WideProduct.apply(left, right)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def row_products(left: Tensor, right: Tensor) -> Tensor:
+    """⟨left_i, right_i⟩ of every row: [n, k], [n, k] -> [n], in float64."""
+    if torch.compiler.is_compiling() or in_transform():
+        return (wide(left) * wide(right)).sum(dim=1)
+    return _RowProducts.apply(left, right)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def row_forms(rows: Tensor, form: Tensor) -> Tensor:
+    """rows_i form rows_iᵀ of every row, for a symmetric form: [n, k], [k, k] -> [n], in float64."""
+    if torch.compiler.is_compiling() or in_transform():
+        return (wide(rows) @ form * wide(rows)).sum(dim=1)
+    return _RowForms.apply(rows, form)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def in_transform() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work: they differentiate plain operations."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def full_precision(device: str) -> AbstractContextManager[Any]:
+    """Products in the precision of their factors: no autocast, and no TF32 or bfloat16 inside those of float32.
+
+    The second are flags of the process, so other threads see them too. A compiled graph can't switch them: there the
+    user's setting holds.
+    """
+    if torch.compiler.is_compiling():
+        return torch.autocast(device, enabled=False)
+    if torch.is_autocast_enabled(device) or not _FULL.issuperset(_float32_precisions()):
+        return _full_precision(device)
+    return nullcontext()
+
+
+@contextmanager
+def _full_precision(device: str) -> Iterator[None]:
+    legacy, *before = _float32_precisions()
+    try:
+        if legacy is not None:
+            torch.set_float32_matmul_precision("highest")
+        for flags in _FLAGS:
+            flags.fp32_precision = "ieee"
+        with torch.autocast(device, enabled=False):
+            yield
+    finally:
+        if legacy is not None:
+            torch.set_float32_matmul_precision(legacy)
+        for flags, precision in zip(_FLAGS, before, strict=True):
+            flags.fp32_precision = precision
+
+
+def _float32_precisions() -> list[str | None]:
+    """The process-wide precision of products, then those by backend that newer versions of torch have beside it."""
+    try:
+        legacy = torch.get_float32_matmul_precision()
+    except RuntimeError:  # torch's answer where only the newer flags have been set
+        legacy = None
+    return [legacy, *(flags.fp32_precision for flags in _FLAGS)]
+
+
+# Note [Functions that keep narrow tensors]
+# Plain autograd would keep every widened operand for the backward: eight bytes an element, and a copy for each use.
+# These functions save the tensors they were given and widen them again. Their backwards are made of plain operations,
+# so they can be differentiated again. Under torch.compile the plain form is traced: its partitioner recomputes a cast.
+class _WideProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, left: Tensor, right: Tensor) -> Tensor:
+        ctx.save_for_backward(left, right)
+        return wide(left) @ wide(right)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        left, right = ctx.saved_tensors
+        for_left, for_right = ctx.needs_input_grad
+        return (
+            (grad @ wide(right).mT).to(left.dtype) if for_left else None,
+            (wide(left).mT @ grad).to(right.dtype) if for_right else None,
+        )
+
+
+class _RowProducts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, left: Tensor, right: Tensor) -> Tensor:
+        ctx.save_for_backward(left, right)
+        return (wide(left) * wide(right)).sum(dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        left, right = ctx.saved_tensors
+        for_left, for_right = ctx.needs_input_grad
+        return (
+            (grad[:, None] * wide(right)).to(left.dtype) if for_left else None,
+            (grad[:, None] * wide(left)).to(right.dtype) if for_right else None,
+        )
+
+
+class _RowForms(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, form: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, form)
+        return (wide(rows) @ form * wide(rows)).sum(dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        rows, form = ctx.saved_tensors
+        for_rows, for_form = ctx.needs_input_grad
+        weighted = grad[:, None] * wide(rows)
+        return (
+            (2 * weighted @ form).to(rows.dtype) if for_rows else None,
+            wide(rows).mT @ weighted if for_form else None,
+        )
