@@ -121,11 +121,19 @@ class FactoredWeight:
 
     # What a wrapper may ask. Each closed form stands beside its dense definition.
 
-    def row_norms(self) -> Tensor:
+    def row_norms(self, constant: bool = False) -> Tensor:
         """‖w'_i‖ of every row of W': [out], in the factors' dtype, with the subgradient 0 on a zero row.
 
         ‖w'_i‖² = l_i²‖w_i‖² + 2 l_i ⟨(W Vᵀ)_i, U_i⟩ + ⟨(U V Vᵀ)_i, U_i⟩ with l = 1 + δ, clamped at zero.
+
+        Args:
+            constant: without a gradient. The products that other norms may share have theirs all the same.
         """
+        if constant:
+            if self.V is not None and self.remainder is None:
+                _ = self.V.projected, self.V.gram
+            with torch.no_grad():
+                return self.row_norms()
         if self.remainder is not None:
             return safe_sqrt(row_norms_sq(self.dense())).to(self.remainder.dtype)
         gain = None if self.delta is None else 1 + wide(self.delta)

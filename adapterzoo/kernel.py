@@ -9,7 +9,8 @@ from torch import Tensor
 from adapterzoo.base import Base
 from adapterzoo.wide import wide
 
-_BLOCK = 2**22  # elements that are multiplied at a time where only sums of products are wanted
+# Elements that are multiplied at a time where only sums of products are wanted, on a processor and elsewhere.
+_BLOCK, _DEVICE_BLOCK = 2**18, 2**24
 _SMALL_GAIN = 2.0**-4  # a gain below it is not divided by: too many digits would be lost
 
 
@@ -206,20 +207,26 @@ def _add_back(dx: Tensor, dh: Tensor, V: Tensor, drop: Dropout | None) -> Tensor
 def _column_products(left: Tensor, right: Tensor) -> Tensor:
     """Σ_t left_ti right_ti: [tokens, n], [tokens, n] -> [n], in float32 or wider."""
     total = _at_least_float32(left.dtype)
-    parts = [(a.to(total) * b).sum(dim=0) for a, b in _blocks(left, right)]
-    return torch.stack(parts).sum(dim=0)
+    return _total([(a.to(total) * b).sum(dim=0) for a, b in _blocks(left, right)])
 
 
 def _sum_of_products(left: Tensor, right: Tensor) -> Tensor:
     """Σ_ti left_ti right_ti: [tokens, n], [tokens, n] -> [1], in float64."""
     total = _at_least_float32(left.dtype)
-    return torch.stack([wide((a.to(total) * b).sum()) for a, b in _blocks(left, right)]).sum(dim=0, keepdim=True)
+    return _total([wide((a.to(total) * b).sum()) for a, b in _blocks(left, right)])[None]
 
 
 def _blocks(left: Tensor, right: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Pairs of row blocks, so that their products stay small."""
-    rows = max(1, len(left) if torch.compiler.is_compiling() else _BLOCK // max(1, left.shape[1]))
+    """Pairs of row blocks, so that their products stay in a processor's cache, or at least small."""
+    block = _BLOCK if left.device.type == "cpu" else _DEVICE_BLOCK
+    if torch.compiler.is_compiling() or left.numel() <= block:
+        return [(left, right)]
+    rows = max(1, block // left.shape[1])
     return list(zip(left.split(rows), right.split(rows), strict=True))  # type: ignore[no-untyped-call]
+
+
+def _total(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(dim=0)
 
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:

@@ -14,7 +14,7 @@ from strategies import cases
 from torch import nn
 from torch.nn import functional as F
 
-from adapterzoo import SORA, AdaptedLinear, DoRA, LoRA, adapter, factored, functional, layer
+from adapterzoo import SORA, AdaptedLinear, DoRA, LoRA, adapter, factored, functional, kept, kernel, layer
 from adapterzoo.pieces import Site, initial_values
 
 BOTH = (torch.float64, torch.float32)
@@ -77,9 +77,9 @@ def merge_forgets_the_identity_of_the_rotation(patch):  # the published SORA: P 
 def the_norm_is_taken_over_the_wrong_axis(patch):  # PEFT 3532
     original = factored.FactoredWeight.row_norms
 
-    def broken(self):  # seen on square weights alone, where no shape gives it away
+    def broken(self, constant=False):  # seen on square weights alone, where no shape gives it away
         square = self.base.shape[0] == self.base.shape[1]
-        return torch.linalg.vector_norm(self.dense(), dim=0) if square else original(self)
+        return torch.linalg.vector_norm(self.dense(), dim=0) if square else original(self, constant)
 
     patch.setattr(factored.FactoredWeight, "row_norms", broken)
 
@@ -87,7 +87,9 @@ def the_norm_is_taken_over_the_wrong_axis(patch):  # PEFT 3532
 @mutant(properties.forward_matches)
 def a_norm_ignores_the_insides_diagonal(patch):
     original = factored.FactoredWeight.row_norms
-    patch.setattr(factored.FactoredWeight, "row_norms", lambda self: original(replace(self, delta=None)))
+    patch.setattr(
+        factored.FactoredWeight, "row_norms", lambda self, constant=False: original(replace(self, delta=None), constant)
+    )
 
 
 @mutant(properties.forward_matches)
@@ -314,6 +316,68 @@ def the_rotation_is_built_from_the_large_factors(patch):
         return X @ middle, Y
 
     patch.setattr(SORA, "_thin_rotation", broken)
+
+
+def kernel_with(patch, **others):
+    """The gradients of the kernel, with some of them replaced: name=function of (gradient, ctx, arguments)."""
+    original = kernel._gradients
+
+    def broken(ctx, *arguments):
+        gradients = kernel.Operands(*original(ctx, *arguments))
+        changed = {name: change(getattr(gradients, name), ctx, arguments) for name, change in others.items()}
+        return tuple(gradients._replace(**changed))
+
+    patch.setattr(kernel, "_gradients", broken)
+
+
+@mutant(properties.gradients_match)
+def the_gradient_of_x_forgets_the_gain(patch):
+    def without_gain(dx, ctx, arguments):
+        grad, operands = arguments[:2]
+        return dx if operands.delta is None else dx - (grad * operands.delta) @ ctx.base.dense()
+
+    kernel_with(patch, x=without_gain)
+
+
+@mutant(properties.gradients_match)
+def the_gradient_of_a_shared_gain_is_scaled_by_the_gain(patch):  # ∂x in the place of ∂y W
+    def scaled(d_delta, ctx, arguments):
+        delta = arguments[1].delta
+        return d_delta if d_delta is None or len(delta) > 1 else d_delta * (1 + delta)
+
+    kernel_with(patch, delta=scaled)
+
+
+@mutant(properties.gradients_match)
+def the_gradient_of_a_gain_sees_y_and_not_z(patch):
+    def from_output(d_delta, ctx, arguments):
+        operands = arguments[1]
+        return d_delta if d_delta is None or len(d_delta) == 1 else d_delta * (1 + operands.delta)
+
+    kernel_with(patch, delta=from_output)
+
+
+@mutant(properties.gradients_match)
+def one_block_of_tokens_is_left_out(patch):
+    patch.setattr(kernel, "_BLOCK", 8)
+    patch.setattr(kernel, "_total", lambda parts: torch.stack(parts[: max(1, len(parts) - 1)]).sum(dim=0))
+
+
+@mutant(properties.dropout_is_the_generators_own, dropouts=(0.1, 0.5), full=False)
+def the_backward_forgets_the_mask_of_x(patch):
+    original = kernel._add_back
+    patch.setattr(kernel, "_add_back", lambda dx, dh, V, drop: original(dx, dh, V, None))
+
+
+@mutant(properties.dropout_is_the_generators_own, dropouts=(0.1, 0.5), full=False)
+def the_backward_forgets_the_mask_of_the_factor(patch):
+    original = kernel._project_back
+    patch.setattr(kernel, "_project_back", lambda dh, x, drop: original(dh, x, None))
+
+
+@mutant(properties.evaluation_follows_training)
+def optimiser_steps_are_not_noted(patch):  # fused optimisers leave versions as they were
+    patch.setattr(kept._STEPS, "seen", lambda: 0)
 
 
 def failures(error):

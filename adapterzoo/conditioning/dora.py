@@ -48,9 +48,8 @@ class DoRA(Wrapper):
 
     def condition(self, inner: FactoredWeight, params: Parameters, site: Site) -> FactoredWeight:
         """Every row times g = m / n. Where n = 0, the update times 0, and so the row of W that it cancels, if any."""
-        norms = inner.row_norms()
-        if self.detach_norm:
-            norms = norms.detach()
+        norms = inner.row_norms(constant=self.detach_norm)
         lives = norms > 0
-        gain = torch.where(lives, params.magnitude / torch.where(lives, norms, 1), 0)
-        return inner.mix(torch.where(lives, gain, (site.row_norms() == 0).to(gain.dtype)), gain)
+        gain = params.magnitude / torch.where(lives, norms, torch.inf)
+        stays = (~lives & (site.base.row_norms_sq() == 0)).to(gain.dtype)
+        return inner.mix(gain + stays, gain)
