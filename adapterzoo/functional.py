@@ -61,9 +61,7 @@ def factored_linear(
     Deviations:
         PEFT's DoRA also drops inside the base term; here the base term never sees dropout.
     """
-    drop = (
-        Dropout(dropout, drop_rows, torch.rand(x.shape, device=x.device) < dropout) if dropout and drop_rows else None
-    )
+    drop = Dropout.draw(x, dropout, drop_rows) if dropout and drop_rows else None
     operands = Operands(x, delta, U, V, bias, remainder)
     if in_transform() or any(tensor.requires_grad for tensor in base.tensors):
         return forward(base, operands, drop, in_place=False).y

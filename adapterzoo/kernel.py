@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from adapterzoo.base import Base
-from adapterzoo.wide import wide
+from adapterzoo.wide import in_transform, wide
 
 # Elements that are multiplied at a time where only sums of products are wanted, on a processor and elsewhere.
 _BLOCK, _DEVICE_BLOCK = 2**18, 2**24
@@ -32,9 +32,22 @@ class Dropout(NamedTuple):
     rows: int
     dropped: Tensor  # bool, of the shape of x
 
+    @classmethod
+    def draw(cls, x: Tensor, p: float, rows: int) -> "Dropout":
+        """Every element dropped with probability p, from torch's own generator of the device.
+
+        On a CPU the draw costs more than its use, so an element gets 16 random bits: p is rounded to a multiple of
+        2^-16, and the factor goes by the rounded one.
+        """
+        steps = round(p * 2**16)
+        if x.device.type != "cpu" or not 0 < steps < 2**16 or torch.compiler.is_compiling() or in_transform():
+            return cls(p, rows, torch.rand(x.shape, device=x.device) < p)
+        words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+        return cls(steps / 2**16, rows, (words.view(torch.int16) < steps - 2**15)[: x.numel()].view(x.shape))
+
     def zero(self, x: Tensor) -> Tensor:
         """X with zeros where it is dropped: [tokens, in]."""
-        return x.masked_fill(flat(self.dropped), 0)
+        return torch.where(flat(self.dropped), 0, x)
 
 
 class Products(NamedTuple):

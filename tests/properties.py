@@ -8,6 +8,7 @@ from reference import adapted, tree_of
 from strategies import Case, base_of, functional_of, input_of, layer_of, stream
 
 import adapterzoo as az
+from adapterzoo.kernel import Dropout
 
 # One table of tolerances, in units of the running bound of round-off that the reference carries: see `Truth`.
 FORWARD = {torch.float64: 4e-15, torch.float32: 1e-6, torch.bfloat16: 1e-2}
@@ -181,9 +182,9 @@ def evaluation_follows_training(case: Case):
 def dropout_is_the_generators_own(case: Case):
     """train: y = x W'ᵀ + (drop(x) − x) Gᵀ + bias, with G the generator's part of W', and its gradients; eval: x W'ᵀ."""
     layer, x = layer_of(case), input_of(case).requires_grad_()
-    p = layer.adapter.generator.spec.dropout
     torch.manual_seed(case.seed)
-    keep = (torch.rand(x.shape) >= p).double() / (1 - p)
+    drop = Dropout.draw(x, layer.adapter.generator.spec.dropout, 1)
+    p, keep = drop.p, (~drop.dropped).double() / (1 - drop.p)
     truth, tolerance = Truth(layer, case.dtype), FORWARD[case.dtype]
     scale = (1 + 2 / (1 - p)) * truth.output_scale(x)
     close(layer.eval()(x), truth.forward(x), scale, tolerance, "eval with dropout", case)
