@@ -133,7 +133,7 @@ class FactoredWeight:
             if self.V is not None and self.remainder is None:
                 _ = self.V.projected, self.V.gram
             with torch.no_grad():
-                return self.row_norms()
+                return self.row_norms().detach()  # no_grad alone does not stop forward-mode derivatives
         if self.remainder is not None:
             return safe_sqrt(row_norms_sq(self.dense())).to(self.remainder.dtype)
         gain = None if self.delta is None else 1 + wide(self.delta)

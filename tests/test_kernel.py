@@ -1,0 +1,404 @@
+"""The kernel's own backward: against autograd through a dense weight, and among autograd's other machinery."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from adapterzoo import MAP, SORA, AdaLoRA, AdaptedLinear, DoRA, FLoRA, Full, LoRA, PreDiag, kernel, wide
+from adapterzoo.base import DenseBase
+from adapterzoo.functional import factored_linear
+from adapterzoo.kept import NormCache
+
+T, OUT, IN, R = 5, 4, 3, 2
+SIX_DEEP = DoRA(SORA(MAP(PreDiag(DoRA(MAP(LoRA(r=2, alpha=3)))))))
+SHAPES = {"delta": (OUT,), "U": (OUT, R), "V": (R, IN), "bias": (OUT,), "remainder": (OUT, IN)}
+
+
+def drawn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def dense_base(seed=9):
+    return DenseBase(drawn(OUT, IN, seed=seed), NormCache())
+
+
+def perturbed(spec, out=5, cols=4, dtype=torch.float32, bias=True, **options):
+    torch.manual_seed(0)
+    layer = AdaptedLinear(nn.Linear(cols, out, bias=bias, dtype=dtype), spec, **options)
+    with torch.no_grad():
+        for parameter in layer.adapter.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return layer
+
+
+COMBINATIONS = [
+    (parts, shared, dropout)
+    for n in range(len(SHAPES) + 1)
+    for parts in itertools.combinations(SHAPES, n)
+    if ("U" in parts) == ("V" in parts)
+    for shared in ((False, True) if "delta" in parts else (False,))
+    for dropout in ((0.0, 0.4) if "U" in parts else (0.0,))  # it acts on the update alone
+]
+
+
+@pytest.mark.parametrize("lean", [False, True])
+@pytest.mark.parametrize(("parts", "shared", "dropout"), COMBINATIONS)
+def test_every_gradient_of_every_combination_of_terms(parts, shared, dropout, lean):
+    """First derivatives and second ones, each against autograd through x W'ᵀ; some arguments want no gradient."""
+    base, drop_rows = dense_base(), 1
+    values = {name: drawn(*SHAPES[name], seed=i) for i, name in enumerate(parts)}
+    if shared:
+        values["delta"] = values["delta"][:1]
+    x, dy = drawn(2, T, IN, seed=20), drawn(2, T, OUT, seed=21)
+    torch.manual_seed(3)
+    drop = kernel.Dropout.draw(x, dropout, drop_rows) if dropout else None
+    keep = 1 if drop is None else (~drop.dropped).double() / (1 - drop.p)
+
+    def dense(x, delta=0.0, U=None, V=None, bias=0.0, remainder=0.0):
+        y = x @ base.weight.mT * (1 + delta) + bias
+        y = y if isinstance(remainder, float) else y + x @ remainder.mT
+        if U is None:
+            return y
+        return y + (x * keep) @ (U[:, :drop_rows] @ V[:drop_rows]).mT + x @ (U[:, drop_rows:] @ V[drop_rows:]).mT
+
+    def ours(x, **values):
+        torch.manual_seed(3)
+        return factored_linear(x, base, **values, dropout=dropout, drop_rows=drop_rows, lean=lean)
+
+    names = ["x", *values]
+    for idle in [None, *names]:
+        wanted = [name for name in names if name != idle]
+        results = []
+        for function in (ours, dense):
+            leaves = {name: {"x": x, **values}[name].clone().requires_grad_(name != idle) for name in names}
+            y = function(leaves["x"], **{name: leaves[name] for name in values})
+            inputs = [leaves[name] for name in wanted]
+            if not inputs:
+                results.append([y])
+                continue
+            once = torch.autograd.grad(y, inputs, dy, retain_graph=True)
+            again = torch.autograd.grad(y, inputs, dy, create_graph=True)
+            size = sum(g.square().sum() for g in again)
+            twice = torch.autograd.grad(size, inputs, allow_unused=True) if size.requires_grad else []
+            twice = [torch.zeros_like(i) if g is None else g for g, i in zip(twice, inputs, strict=bool(twice))]
+            results.append([y, *once, *again, *twice])
+        for mine, true in zip(*results, strict=True):
+            torch.testing.assert_close(mine, true, rtol=1e-11, atol=1e-11)
+
+
+def test_one_operand_may_be_made_of_another():
+    """Under a rotation V is made of δ: second derivatives must not count that path twice."""
+    base = dense_base()
+    delta = drawn(OUT, seed=1).requires_grad_()
+    Y, U, x = drawn(R, OUT, seed=2), drawn(OUT, R, seed=3), drawn(T, IN, seed=4).requires_grad_()
+
+    def second(y):
+        (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        return torch.autograd.grad(dx.square().sum(), delta)[0]
+
+    def rotated():
+        return (Y * (1 + delta)) @ base.weight
+
+    dense = x @ (base.weight * (1 + delta)[:, None] + U @ rotated()).mT
+    ours = factored_linear(x, base, delta, U, rotated())
+    torch.testing.assert_close(second(ours), second(dense), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_sums_of_products_go_by_blocks(shared, monkeypatch):
+    x, delta = drawn(7, IN).requires_grad_(), drawn(1 if shared else OUT, seed=1).requires_grad_()
+    base, gradients = dense_base(), []
+    for block in (2**20, 2 * OUT, 1):  # one block, blocks of two rows, a row larger than a block
+        monkeypatch.setattr(kernel, "_BLOCK", block)
+        y = factored_linear(x, base, delta)
+        gradients.append(torch.autograd.grad(y.square().sum(), delta)[0])
+    for other in gradients[1:]:
+        torch.testing.assert_close(other, gradients[0], rtol=1e-13, atol=0)
+
+
+# Lean: y is kept in the place of x Wᵀ.
+
+
+@pytest.mark.parametrize("spec", [DoRA(LoRA(r=2)), PreDiag(LoRA(r=2)), SIX_DEEP, DoRA(Full())], ids=repr)
+@pytest.mark.parametrize("bias", [False, True])
+def test_lean_gives_the_same_gradients(spec, bias):
+    results = []
+    for lean in (False, True):
+        layer = perturbed(spec, dtype=torch.float64, bias=bias, lean=lean)
+        x = drawn(6, 4).requires_grad_()
+        layer(x).square().sum().backward()
+        results.append([x.grad, *(parameter.grad for parameter in layer.adapter.parameters())])
+    for thick, lean in zip(*results, strict=True):
+        torch.testing.assert_close(lean, thick, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("gain", [0.0, 1e-9, 0.01])
+def test_lean_never_divides_by_a_small_gain(gain):
+    """A row with gain 0 has lost x Wᵀ: the product is formed anew."""
+    gradients = []
+    for lean in (False, True):
+        delta = torch.full((OUT,), 0.5, dtype=torch.float64)
+        delta[1] = gain - 1
+        delta.requires_grad_()
+        y = factored_linear(drawn(T, IN), dense_base(), delta, drawn(OUT, R, seed=1), drawn(R, IN, seed=2), lean=lean)
+        gradients.append(torch.autograd.grad(y.square().sum(), delta)[0])
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-12, atol=1e-12)
+
+
+def test_the_test_of_small_gains_can_fail(monkeypatch):
+    monkeypatch.setattr(kernel, "_SMALL_GAIN", 0.0)
+    with pytest.raises(AssertionError):
+        test_lean_never_divides_by_a_small_gain(1e-9)
+
+
+def test_in_place_operations_may_follow():
+    layer, x = perturbed(SIX_DEEP), drawn(6, 4).float()
+    gradients = []
+    for inplace in (False, True):
+        layer.zero_grad()
+        leaf = x.clone().requires_grad_()
+        torch.nn.functional.relu(layer(leaf), inplace=inplace).square().sum().backward()
+        gradients.append([leaf.grad, *(parameter.grad.clone() for parameter in layer.adapter.parameters())])
+    for mine, true in zip(*gradients, strict=True):
+        assert torch.equal(mine, true)
+
+
+def test_in_place_operations_after_a_lean_layer_are_torchs_error():
+    y = perturbed(DoRA(LoRA(r=2)), lean=True)(torch.randn(3, 4))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.relu_().sum().backward()
+
+
+# What a backward may be asked for.
+
+
+def test_a_base_changed_between_forward_and_backward_is_an_error():
+    layer = perturbed(DoRA(LoRA(r=2)))
+    y = layer(torch.randn(3, 4, requires_grad=True))
+    with torch.no_grad():
+        layer.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("spec", [LoRA(r=2, dropout=0.3), MAP(LoRA(r=2)), SIX_DEEP], ids=repr)
+def test_a_kept_graph_gives_its_gradients_again(spec):
+    layer = perturbed(spec)
+    y = layer(torch.randn(3, 4))
+    parameters = list(layer.adapter.parameters())
+    first = torch.autograd.grad(y.square().sum(), parameters, retain_graph=True)
+    for one, other in zip(first, torch.autograd.grad(y.square().sum(), parameters), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_what_wants_no_gradient_costs_nothing():
+    """No ∂x for an input without grad, unless one shared gain needs ∂y W: counted by calls of the base."""
+    layer = perturbed(DoRA(LoRA(r=2)))
+    calls = []
+    original = DenseBase.apply_t
+
+    def counted(self, y):
+        calls.append(y.shape)
+        return original(self, y)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DenseBase, "apply_t", counted)
+        layer(torch.randn(3, 4)).sum().backward()
+        assert calls == []
+        layer(torch.randn(3, 4, requires_grad=True)).sum().backward()
+        assert len(calls) == 1
+        shared = perturbed(MAP(LoRA(r=2)))  # the gradient of one shared gain is ⟨∂y W, x⟩
+        shared(torch.randn(3, 4)).sum().backward()
+        assert len(calls) == 2
+
+
+@pytest.mark.parametrize("spec", [LoRA(r=2), MAP(LoRA(r=2)), SIX_DEEP], ids=repr)
+def test_single_parameters_may_be_frozen(spec):
+    names = [name for name, _ in perturbed(spec).adapter.named_parameters()]
+    whole = perturbed(spec)
+    whole(torch.ones(2, 4)).square().sum().backward()
+    for trained in names:
+        layer = perturbed(spec)
+        for name, parameter in layer.adapter.named_parameters():
+            parameter.requires_grad_(name == trained)
+        layer(torch.ones(2, 4)).square().sum().backward()
+        for name, parameter in layer.adapter.named_parameters():
+            assert (parameter.grad is not None) == (name == trained)
+        torch.testing.assert_close(layer.adapter.get_parameter(trained).grad, whole.adapter.get_parameter(trained).grad)
+
+
+@pytest.mark.parametrize("spec", [LoRA(r=2), MAP(LoRA(r=2)), DoRA(LoRA(r=2))], ids=repr)
+def test_a_base_whose_bias_trains(spec):
+    layer = perturbed(spec, dtype=torch.float64)
+    layer.bias.requires_grad_()
+    x, dy = drawn(2, 3, 4), drawn(2, 3, 5, seed=1)
+    layer(x).backward(dy)
+    torch.testing.assert_close(layer.bias.grad, dy.sum(dim=(0, 1)))
+
+
+@pytest.mark.parametrize("shape", [(4,), (0, 4), (1, 4), (2, 0, 3, 4), (2, 3, 4)])
+@pytest.mark.parametrize("spec", [LoRA(r=2, dropout=0.2), MAP(LoRA(r=2)), SIX_DEEP], ids=repr)
+def test_inputs_of_every_rank_and_of_no_tokens(spec, shape):
+    layer = perturbed(spec, dtype=torch.float64)
+    x = drawn(*shape).requires_grad_()
+    y = layer.eval()(x)
+    assert y.shape == (*shape[:-1], 5)
+    torch.testing.assert_close(y, nn.functional.linear(x, layer.effective_weight(), layer.bias))
+    layer.train()(x).sum().backward()
+    assert x.grad.shape == x.shape
+    assert all(parameter.grad is not None for parameter in layer.adapter.parameters())
+
+
+def test_strided_inputs_and_gradients():
+    layer = perturbed(SIX_DEEP, dtype=torch.float64)
+    x = drawn(4, 6, 2).permute(1, 2, 0)
+    leaf, plain = x.clone().requires_grad_(), x.contiguous().clone().requires_grad_()
+    layer(leaf.permute(1, 0, 2)).sum().backward()  # an expanded gradient over a strided input
+    layer(plain).backward(torch.ones(6, 2, 5, dtype=torch.float64))
+    torch.testing.assert_close(leaf.grad, plain.grad, rtol=1e-12, atol=1e-12)
+
+
+# Autocast, checkpointing, transforms.
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("spec", [LoRA(r=2), MAP(LoRA(r=2)), DoRA(LoRA(r=2)), SIX_DEEP, MAP(Full())], ids=repr)
+@pytest.mark.parametrize("lean", [False, True])
+def test_gradients_under_autocast(spec, dtype, lean):
+    """y in autocast's dtype, gradients in the dtypes of what they belong to, good to 16 bits."""
+    layer, exact = perturbed(spec, 24, 32, lean=lean), perturbed(spec, 24, 32, dtype=torch.float64)
+    exact.load_state_dict(layer.state_dict())
+    x, dy = drawn(16, 32).float().requires_grad_(), drawn(16, 24, seed=1)
+    with torch.autocast("cpu", dtype=dtype):
+        y = layer(x)
+    assert y.dtype == dtype
+    y.backward(dy.to(dtype))  # outside autocast, as a training loop does
+    x_true = x.detach().double().requires_grad_()
+    exact(x_true).backward(dy)
+    pairs = zip([x, *layer.adapter.parameters()], [x_true, *exact.adapter.parameters()], strict=True)
+    for mine, true in pairs:
+        assert mine.grad.dtype == mine.dtype
+        error = (mine.grad.double() - true.grad).norm() / true.grad.norm()
+        assert error < (3e-2 if dtype == torch.bfloat16 else 4e-3), (mine.shape, float(error))
+
+
+def test_second_derivatives_under_autocast_follow_its_dtype():
+    layer, x = perturbed(DoRA(LoRA(r=2))), drawn(6, 4).float().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+    (dx,) = torch.autograd.grad(y.float().square().sum(), x, create_graph=True)
+    dx.square().sum().backward()
+    exact, x_true = perturbed(DoRA(LoRA(r=2)), dtype=torch.float64), x.detach().double().requires_grad_()
+    exact.load_state_dict(layer.state_dict())
+    (dx,) = torch.autograd.grad(exact(x_true).square().sum(), x_true, create_graph=True)
+    dx.square().sum().backward()
+    assert (x.grad.double() - x_true.grad).norm() / x_true.grad.norm() < 5e-2
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("spec", [LoRA(r=2, dropout=0.5), DoRA(LoRA(r=2, dropout=0.5)), SIX_DEEP], ids=repr)
+def test_checkpointing_repeats_the_forward_dropout_included(spec, reentrant):
+    model = nn.Sequential(perturbed(spec), nn.GELU(), perturbed(spec, out=4, cols=5))
+    x, gradients = torch.randn(6, 4), []
+    for wrapped in (False, True):
+        for _ in range(2):  # twice, with a step between: nothing of the last pass may be used again
+            torch.manual_seed(1)
+            leaf = x.clone().requires_grad_()
+            y = checkpoint(model, leaf, use_reentrant=reentrant) if wrapped else model(leaf)
+            model.zero_grad()
+            y.square().sum().backward()
+        gradients.append([leaf.grad, *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    assert len(gradients[0]) > 4
+    for mine, true in zip(*gradients, strict=True):
+        assert torch.equal(mine, true)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:DeprecationWarning")  # torch's own, of its jvp
+@pytest.mark.parametrize("spec", [LoRA(r=2), SIX_DEEP, MAP(AdaLoRA(r=2)), DoRA(FLoRA(r=2))], ids=repr)
+def test_forward_mode_agrees_with_reverse_mode(spec):
+    layer = perturbed(spec, dtype=torch.float64)
+    values = {f"adapter.{name}": p.detach() for name, p in layer.adapter.named_parameters()}
+    x, tangent = drawn(3, 4), {name: torch.ones_like(value) for name, value in values.items()}
+
+    def loss(values):
+        return torch.func.functional_call(layer, values, (x,)).square().sum()
+
+    _, forward = torch.func.jvp(loss, (values,), (tangent,))
+    reverse = sum(gradient.sum() for gradient in torch.func.grad(loss)(values).values())
+    torch.testing.assert_close(forward, reverse)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        out = torch.autograd.forward_ad.unpack_dual(layer(dual)).tangent
+    torch.testing.assert_close(out, torch.ones_like(x) @ layer.effective_weight().mT)
+
+
+def test_one_call_of_the_kernel_serves_every_spec(monkeypatch):
+    """With a gradient wanted, nothing goes around the function with its own backward."""
+    calls = []
+    original = kernel.FactoredLinear.apply
+    monkeypatch.setattr(kernel.FactoredLinear, "apply", lambda *a: calls.append(1) or original(*a))
+    specs = [wrap(g) for g in (LoRA(r=2), AdaLoRA(r=2), FLoRA(r=2), Full()) for wrap in (lambda g: g, MAP, DoRA, SORA)]
+    for spec in specs:
+        perturbed(spec)(torch.randn(2, 4)).sum().backward()
+    assert len(calls) == len(specs)
+
+
+# Precision of the factors.
+
+
+@pytest.mark.parametrize("how", ["medium", "high", "allow_tf32", "flags"])
+def test_factors_are_built_in_full_float32(how, monkeypatch):
+    """Whatever the process allows its products, W Vᵀ runs without, and the setting is the user's again afterwards."""
+    seen = []
+
+    def state():
+        return wide._float32_precisions()
+
+    original = DenseBase.apply
+
+    def watched(self, x, bias=None):
+        seen.append(state())
+        return original(self, x, bias)
+
+    layer = perturbed(DoRA(LoRA(r=2)))
+    try:
+        if how == "allow_tf32":
+            torch.backends.cuda.matmul.allow_tf32 = True
+        elif how == "flags":
+            if not wide._FLAGS:
+                pytest.skip("this torch has no flags by backend")
+            torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+        else:
+            torch.set_float32_matmul_precision(how)
+        users = state()
+        monkeypatch.setattr(DenseBase, "apply", watched)
+        layer.factored_weight()
+        assert seen
+        assert wide._FULL.issuperset(seen[0])
+        assert state() == users
+        seen.clear()
+        layer(torch.randn(2, 4))
+        assert seen[-1] == users  # the base product is the user's
+        monkeypatch.setattr(DenseBase, "apply_t", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            perturbed(SORA(LoRA(r=2))).effective_weight()
+        assert state() == users
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert wide._FULL.issuperset(state())
+
+
+def test_the_dropout_of_a_cpu_has_the_rate_that_it_says():
+    x = torch.empty(1000, 403)
+    torch.manual_seed(0)
+    for p in (1e-7, 0.001, 0.1, 0.5, 0.9, 1 - 1e-7):
+        drop = kernel.Dropout.draw(x, p, 1)
+        assert abs(drop.p - p) <= 2**-17
+        assert 0 < drop.p < 1
+        error = (p * (1 - p) / x.numel()) ** 0.5
+        for part in (drop.dropped, *(drop.dropped.flatten()[lane::4] for lane in range(4))):
+            assert abs(float(part.float().mean()) - p) <= 5 * error * (x.numel() / part.numel()) ** 0.5 + 2**-17
+    assert not torch.equal(kernel.Dropout.draw(x, 0.5, 1).dropped, kernel.Dropout.draw(x, 0.5, 1).dropped)
