@@ -9,14 +9,20 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 _BLOCK = 2**20  # elements of a row block that is widened at a time (8 MiB in float64)
+_CACHED = 2**18  # elements of a row block that a reduction widens in a processor's cache
 _FLAGS = [backend.matmul for backend in (torch.backends.cuda, torch.backends.mkldnn) if hasattr(backend, "matmul")]
 _FLAGS = [flags for flags in _FLAGS if hasattr(flags, "fp32_precision")]
 _FULL = {"highest", "ieee", "none", None}
 
 
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """The dtype of sums of squares: float64, or float32 where the device has no float64 (MPS)."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def wide(x: Tensor) -> Tensor:
-    """Widen a thin tensor for sums of squares: float64, or float32 where the device has no float64 (MPS)."""
-    return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
+    """Widen a thin tensor, to `wide_dtype`."""
+    return x.to(wide_dtype(x.device))
 
 
 def safe_sqrt(x: Tensor) -> Tensor:
@@ -25,15 +31,17 @@ def safe_sqrt(x: Tensor) -> Tensor:
     return torch.where(positive, torch.where(positive, x, torch.ones_like(x)).sqrt(), torch.zeros_like(x))
 
 
-def row_blocks(matrix: Tensor) -> Iterator[Tensor]:
+def row_blocks(matrix: Tensor, elements: int | None = None) -> tuple[Tensor, ...]:
     """Blocks of rows of a matrix, small enough to be widened one at a time."""
-    rows = max(1, _BLOCK // max(1, matrix.shape[1]))
-    return iter(matrix.split(rows))  # type: ignore[no-untyped-call]
+    rows = max(1, (elements or _BLOCK) // max(1, matrix.shape[1]))
+    return matrix.split(rows)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def row_norms_sq(matrix: Tensor) -> Tensor:
-    """‖m_i‖² of every row of a matrix [out, in]: [out], summed in float64 by row blocks, differentiable."""
-    return torch.cat([wide(block).square().sum(dim=1) for block in row_blocks(matrix)])
+    """‖m_i‖² of every row of a matrix [out, in]: [out], summed in float64, differentiable; no copy of the matrix."""
+    blocks = [matrix] if torch.compiler.is_compiling() else row_blocks(matrix, _CACHED)
+    dtype = wide_dtype(matrix.device)  # the reduction widens as it goes, where a block fits a processor's cache
+    return torch.cat([torch.linalg.vector_norm(block, dim=1, dtype=dtype) for block in blocks]).square()
 
 
 def wide_product(left: Tensor, right: Tensor) -> Tensor:
