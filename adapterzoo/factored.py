@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from adapterzoo.base import Base
-from adapterzoo.wide import row_forms, row_norms_sq, row_products, safe_sqrt, wide, wide_product
+from adapterzoo.wide import row_norms_sq, row_squares, safe_sqrt, wide
 
 
 class RightFactor:
@@ -38,9 +38,10 @@ class RightFactor:
 
     @property
     def gram(self) -> Tensor:
-        """V Vᵀ: [R, R], in float64."""
-        if self._gram is None or self._lacks_graph(self._gram):
-            self._gram = wide_product(self.value, self.value.mT)
+        """V Vᵀ: [R, R], in float64, without a graph."""
+        if self._gram is None:
+            rows = wide(self.value.detach())
+            self._gram = rows @ rows.mT
         return self._gram
 
     def extended(self, rows: Tensor) -> "RightFactor":
@@ -131,18 +132,14 @@ class FactoredWeight:
         """
         if constant:
             if self.V is not None and self.remainder is None:
-                _ = self.V.projected, self.V.gram
+                _ = self.V.projected
             with torch.no_grad():
                 return self.row_norms().detach()  # no_grad alone does not stop forward-mode derivatives
         if self.remainder is not None:
             return safe_sqrt(row_norms_sq(self.dense())).to(self.remainder.dtype)
-        gain = None if self.delta is None else 1 + wide(self.delta)
-        total = self.base.row_norms_sq()
-        total = total if gain is None else gain.square() * total
-        if self.U is not None and self.V is not None:
-            cross = row_products(self.V.projected, self.U)
-            total = total + 2 * (cross if gain is None else gain * cross) + row_forms(self.U, self.V.gram)
-        return safe_sqrt(total).to(self._like().dtype)
+        squares = self.base.row_norms_sq()
+        gain = squares.new_ones(1) if self.delta is None else 1 + wide(self.delta)
+        return safe_sqrt(self._row_squares(squares, gain)).to(self._like().dtype)
 
     def update_norm(self) -> Tensor:
         """‖W' − W‖_F: [1], in float64, with the subgradient 0 at a zero update.
@@ -151,15 +148,15 @@ class FactoredWeight:
         """
         if self.remainder is not None:
             return safe_sqrt(row_norms_sq(self.dense_update()).sum()[None])
-        total = self.base.row_norms_sq().new_zeros(1)
-        if self.U is not None and self.V is not None:
-            total = total + (wide_product(self.U.mT, self.U) * self.V.gram).sum()
-        if self.delta is not None:
-            delta = wide(self.delta)
-            total = total + (delta.square() * self.base.row_norms_sq()).sum()
-            if self.U is not None and self.V is not None:
-                total = total + 2 * (delta * row_products(self.V.projected, self.U)).sum()
-        return safe_sqrt(total)
+        gain = None if self.delta is None else wide(self.delta)
+        return safe_sqrt(self._row_squares(self.base.row_norms_sq(), gain).sum(dim=0, keepdim=True))
+
+    def _row_squares(self, squares: Tensor, gain: Tensor | None) -> Tensor:
+        """‖gain_i w_i + (U V)_i‖²: [out], in float64; no gain is 0."""
+        if self.U is None or self.V is None:
+            return torch.zeros_like(squares) if gain is None else gain.square() * squares
+        projected = None if gain is None else self.V.projected
+        return row_squares(squares, gain, projected, self.U, self.V.value, self.V.gram)
 
     def dense_update(self) -> Tensor:
         """W' − W as a matrix: [out, in], without subtracting: the definition of the normal form."""

@@ -226,7 +226,9 @@ def _column_products(left: Tensor, right: Tensor) -> Tensor:
 def _sum_of_products(left: Tensor, right: Tensor) -> Tensor:
     """Σ_ti left_ti right_ti: [tokens, n], [tokens, n] -> [1], in float64."""
     total = _at_least_float32(left.dtype)
-    return _total([wide((a.to(total) * b).sum()) for a, b in _blocks(left, right)])[None]
+    return _total([wide(torch.dot(a.to(total).flatten(), b.to(total).flatten())) for a, b in _blocks(left, right)])[
+        None
+    ]
 
 
 def _blocks(left: Tensor, right: Tensor) -> list[tuple[Tensor, Tensor]]:

@@ -26,9 +26,11 @@ def wide(x: Tensor) -> Tensor:
 
 
 def safe_sqrt(x: Tensor) -> Tensor:
-    """√x with the subgradient 0 (not infinity) at 0."""
-    positive = x > 0
-    return torch.where(positive, torch.where(positive, x, torch.ones_like(x)).sqrt(), torch.zeros_like(x))
+    """√x with the subgradient 0 (not infinity) at 0, and 0 below it."""
+    if torch.compiler.is_compiling() or in_transform():
+        positive = x > 0
+        return torch.where(positive, torch.where(positive, x, 1).sqrt(), 0)
+    return _SafeSqrt.apply(x)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def row_blocks(matrix: Tensor, elements: int | None = None) -> tuple[Tensor, ...]:
@@ -51,18 +53,30 @@ def wide_product(left: Tensor, right: Tensor) -> Tensor:
     return _WideProduct.apply(left, right)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def row_products(left: Tensor, right: Tensor) -> Tensor:
-    """⟨left_i, right_i⟩ of every row: [n, k], [n, k] -> [n], in float64."""
+def row_squares(
+    base: Tensor, gain: Tensor | None, projected: Tensor | None, left: Tensor, right: Tensor, gram: Tensor
+) -> Tensor:
+    """‖gain_i w_i + (U V)_i‖² of every row, or without a gain ‖(U V)_i‖²: [out], in float64.
+
+    Args:
+        base: ‖w_i‖²: [out].
+        gain: [out] or [1], in float64.
+        projected: W Vᵀ: [out, R]; needed with a gain.
+        left: U: [out, R].
+        right: V: [R, in].
+        gram: V Vᵀ: [R, R], in float64, taken as known; the gradient through it goes to V all the same.
+    """
     if torch.compiler.is_compiling() or in_transform():
-        return (wide(left) * wide(right)).sum(dim=1)
-    return _RowProducts.apply(left, right)  # type: ignore[no-any-return, no-untyped-call]
+        return _row_squares(base, gain, projected, left, wide_product(right, right.mT))
+    return _RowSquares.apply(base, gain, projected, left, right, gram)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def row_forms(rows: Tensor, form: Tensor) -> Tensor:
-    """rows_i form rows_iᵀ of every row, for a symmetric form: [n, k], [k, k] -> [n], in float64."""
-    if torch.compiler.is_compiling() or in_transform():
-        return (wide(rows) @ form * wide(rows)).sum(dim=1)
-    return _RowForms.apply(rows, form)  # type: ignore[no-any-return, no-untyped-call]
+def _row_squares(base: Tensor, gain: Tensor | None, projected: Tensor | None, left: Tensor, gram: Tensor) -> Tensor:
+    own = (wide(left) @ gram * wide(left)).sum(dim=1)
+    if gain is None or projected is None:
+        return own
+    cross = (wide(projected) * wide(left)).sum(dim=1)
+    return gain * (gain * base + 2 * cross) + own
 
 
 def in_transform() -> bool:
@@ -129,34 +143,47 @@ class _WideProduct(torch.autograd.Function):
         )
 
 
-class _RowProducts(torch.autograd.Function):
+class _RowSquares(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, left: Tensor, right: Tensor) -> Tensor:
-        ctx.save_for_backward(left, right)
-        return (wide(left) * wide(right)).sum(dim=1)
+    def forward(
+        ctx: Any, base: Tensor, gain: Tensor | None, projected: Tensor | None, left: Tensor, right: Tensor, gram: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(base, gain, projected, left, right, gram)
+        return _row_squares(base, gain, projected, left, gram)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        left, right = ctx.saved_tensors
-        for_left, for_right = ctx.needs_input_grad
-        return (
-            (grad[:, None] * wide(right)).to(left.dtype) if for_left else None,
-            (grad[:, None] * wide(left)).to(right.dtype) if for_right else None,
-        )
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        base, gain, projected, left, right, gram = ctx.saved_tensors
+        for_base, for_gain, for_projected, for_left, for_right, _ = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            gram = wide(right) @ wide(right).mT  # with its graph
+        U, twice = wide(left), 2 * grad[:, None]
+        d_base = d_gain = d_projected = d_left = d_right = None
+        if for_left:
+            d_left = U @ gram if gain is None else torch.addcmul(U @ gram, gain[:, None], wide(projected))
+            d_left = (twice * d_left).to(left.dtype)
+        if for_right:
+            d_right = (U.mT @ (twice * U) @ wide(right)).to(right.dtype)
+        if for_projected and gain is not None:
+            d_projected = (twice * gain[:, None] * U).to(projected.dtype)
+        if for_gain:
+            cross = (wide(projected) * U).sum(dim=1)
+            d_gain = 2 * grad * (gain * base + cross)
+            d_gain = d_gain if len(gain) == len(base) else d_gain.sum(dim=0, keepdim=True)
+        if for_base and gain is not None:
+            d_base = grad * gain.square()
+        return d_base, d_gain, d_projected, d_left, d_right, None
 
 
-class _RowForms(torch.autograd.Function):
+class _SafeSqrt(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, form: Tensor) -> Tensor:
-        ctx.save_for_backward(rows, form)
-        return (wide(rows) @ form * wide(rows)).sum(dim=1)
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        root = x.clamp_min(0).sqrt()
+        ctx.save_for_backward(root)
+        return root
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        rows, form = ctx.saved_tensors
-        for_rows, for_form = ctx.needs_input_grad
-        weighted = grad[:, None] * wide(rows)
-        return (
-            (2 * weighted @ form).to(rows.dtype) if for_rows else None,
-            wide(rows).mT @ weighted if for_form else None,
-        )
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (root,) = ctx.saved_tensors
+        positive = root > 0
+        return torch.where(positive, grad / (2 * torch.where(positive, root, 1)), 0)

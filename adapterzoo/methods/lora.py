@@ -59,4 +59,5 @@ class LoRA(RankScaled):
 
     def update(self, params: Parameters, site: Site) -> FactoredWeight:
         """U = s B, V = A."""
-        return site.low_rank(self.scale * params.B, params.A, dropout=self.dropout)
+        columns = params.B if self.scale == 1 else self.scale * params.B
+        return site.low_rank(columns, params.A, dropout=self.dropout)
