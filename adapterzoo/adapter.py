@@ -63,12 +63,10 @@ class Adapter(nn.Module):
         assert isinstance(self.spec, Generator)
         return checked_weight(self.spec, self.spec.update(params, site), site)
 
-    def tensors(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Every parameter and every buffer of the composition, as they are now."""
-        parameters, buffers = ([], []) if self.inner is None else self.inner.tensors()
-        for name, role in self.spec.roles.items():
-            (buffers if role is Role.BUFFER else parameters).append(self._value(name))
-        return parameters, buffers
+    def tensors(self) -> list[Tensor]:
+        """Every parameter and buffer of the composition, as they are now."""
+        inside = [] if self.inner is None else self.inner.tensors()
+        return inside + [self._value(name) for name in self.spec.roles]
 
     def _value(self, name: str) -> Tensor:
         """The piece's own parameter or buffer of that name, one of its roles."""

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from adapterzoo.kept import NormCache
-from adapterzoo.wide import row_blocks
+from adapterzoo.wide import in_forward_mode, row_blocks
 
 
 class Base(Protocol):
@@ -91,12 +91,16 @@ class DenseBase:
         Without a bias, an x wider than W is never rounded: W is widened by row blocks.
         """
         if bias is None and _wider(x, self.weight):
+            if in_forward_mode():
+                return F.linear(x, self.weight.to(x.dtype))
             return _Apply.apply(x, self.weight)  # type: ignore[no-any-return, no-untyped-call]
         return F.linear(x, self.weight, bias)
 
     def apply_t(self, y: Tensor) -> Tensor:
         """Y W: [..., out] -> [..., in]. A y wider than W is never rounded, and W is widened by row blocks."""
         if _wider(y, self.weight):
+            if in_forward_mode():
+                return y @ self.weight.to(y.dtype)
             return _ApplyT.apply(y, self.weight)  # type: ignore[no-any-return, no-untyped-call]
         return y @ self.weight
 
@@ -119,7 +123,8 @@ def _wider(x: Tensor, weight: Tensor) -> bool:
 # A thin float32 factor times a bf16 W must not round the factor (row norms would be good to 1e-3 only), and must not
 # keep a float32 copy of W: plain autograd would save every widened block for backward. So the two products are
 # each other's backward, and both widen W block by block. Both are linear in their first argument, so double backward
-# and vmap follow from the same two functions. (No forward mode: a jvp of theirs would break torch.compile's graph.)
+# and vmap follow from the same two functions. (Forward mode goes around them: a jvp of theirs would break
+# torch.compile's graph.)
 class _Apply(torch.autograd.Function):
     generate_vmap_rule = True
 
@@ -142,11 +147,11 @@ class _ApplyT(torch.autograd.Function):
 
     @staticmethod
     def forward(y: Tensor, weight: Tensor) -> Tensor:
+        blocks = row_blocks(weight)
+        parts = y.split([len(block) for block in blocks], dim=-1)  # type: ignore[no-untyped-call]
         total = y.new_zeros(*y.shape[:-1], weight.shape[1])
-        start = 0
-        for block in row_blocks(weight):
-            total += y[..., start : start + len(block)] @ block.to(y.dtype)
-            start += len(block)
+        for part, block in zip(parts, blocks, strict=True):
+            total += part @ block.to(y.dtype)
         return total
 
     @staticmethod

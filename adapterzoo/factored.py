@@ -27,7 +27,8 @@ class RightFactor:
     # A wrapper may ask for a product under no_grad. Handing that graphless tensor to the next wrapper would lose
     # gradients without a sign, so a kept product is used again only where it carries all the graph that is wanted.
     def _lacks_graph(self, product: Tensor) -> bool:
-        return torch.is_grad_enabled() and self.value.requires_grad and not product.requires_grad
+        wanted = self.value.requires_grad or any(tensor.requires_grad for tensor in self.base.tensors)
+        return torch.is_grad_enabled() and wanted and not product.requires_grad
 
     @property
     def projected(self) -> Tensor:

@@ -61,10 +61,12 @@ def factored_linear(
     Deviations:
         PEFT's DoRA also drops inside the base term; here the base term never sees dropout.
     """
-    drop = Dropout.draw(x, dropout, drop_rows) if dropout and drop_rows else None
+    drop = Dropout.draw(x, dropout, drop_rows) if dropout and drop_rows and U is not None else None
     operands = Operands(x, delta, U, V, bias, remainder)
-    if in_transform() or any(tensor.requires_grad for tensor in base.tensors):
-        return forward(base, operands, drop, in_place=False).y
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in operands):
-        return FactoredLinear.apply(base, lean, *(drop or (0.0, 0, None)), *operands)  # type: ignore[no-any-return, no-untyped-call]
-    return forward(base, operands, drop, in_place=not torch.compiler.is_compiling()).y
+    if not (torch.is_grad_enabled() or in_transform()):
+        return forward(base, operands, drop, in_place=not torch.compiler.is_compiling()).y
+    base_trains = any(tensor.requires_grad for tensor in base.tensors)
+    if operands.update_trains and not (in_transform() or base_trains):
+        drawn = (0.0, 0, None) if drop is None else drop
+        return FactoredLinear.apply(base, lean, *drawn, *operands)  # type: ignore[no-any-return, no-untyped-call]
+    return forward(base, operands, drop, in_place=False).y  # a frozen update keeps nothing for the backward, not even x

@@ -1,10 +1,10 @@
-"""What is kept between calls: norms of a frozen weight, and factors while no gradient is wanted. Never a stale one."""
+"""What is kept between calls: norms of a frozen weight, and factors while no gradient is wanted."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from adapterzoo.wide import in_transform, row_norms_sq
@@ -22,8 +22,7 @@ class NormCache:
 
     def __init__(self) -> None:
         self._bound: int | None = None  # an id: a weak reference would forbid torch to swap the tensor's contents
-        self._key: tuple[Any, ...] | None = None
-        self._value: Tensor | None = None
+        self._kept: tuple[tuple[Any, ...], Tensor] | None = None
 
     def bind(self, weight: Tensor) -> None:
         """Keep the norms of this tensor from now on."""
@@ -32,7 +31,7 @@ class NormCache:
 
     def clear(self) -> None:
         """Forget the values; the binding stays."""
-        self._key = self._value = None
+        self._kept = None
 
     def see(self, weight: Tensor) -> None:
         """Forget the values of a weight that trains: fused optimisers change one and leave its `_version` as it was."""
@@ -42,17 +41,14 @@ class NormCache:
     def row_norms_sq(self, weight: Tensor) -> Tensor:
         """‖w_i‖²: [out] in float64, from the cache where the weight is the bound one and has not changed."""
         self.see(weight)
-        if weight.requires_grad:
-            return row_norms_sq(weight)
-        if torch.compiler.is_compiling():  # a value frozen into a graph would be checked by nobody
-            return row_norms_sq(weight)
-        if self._bound != id(weight) or weight.is_inference():
+        if weight.requires_grad or self._bound != id(weight) or not _may_keep([weight]):
             return row_norms_sq(weight)
         key = (weight.data_ptr(), weight._version, weight.dtype, weight.device)
-        if self._value is None or key != self._key:
+        kept = self._kept  # once: another thread may clear it
+        if kept is None or key != kept[0]:
             with torch.inference_mode(False), torch.no_grad():
-                self._value, self._key = row_norms_sq(weight), key
-        return self._value
+                kept = self._kept = (key, row_norms_sq(weight))
+        return kept[1]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "NormCache":
         return NormCache()
@@ -65,34 +61,38 @@ class KeptFactors(Generic[T]):
     """What was built of some tensors, for as long as grad mode is off and none of them has changed.
 
     With grad mode on, everything is built anew, in evaluation too. A change is seen by identity, storage and version of
-    each tensor, and at every step of any torch optimiser, since fused ones leave versions as they were; `clear` is
-    called where none of these tells (train and eval, loading, moving, merging). Nothing is kept of tensors that are
-    not a module's own (functional_call), of inference tensors, under torch.func, in a compiled graph or in a CUDA
-    graph's capture. A copy or a pickle starts empty.
+    each tensor, and at every step of any torch optimiser, since fused ones leave versions as they were; `bind` is
+    called where none of these tells (train and eval, loading, moving, merging). Nothing is kept of tensors that were
+    not bound (functional_call), of inference tensors, under torch.func, while anything traces, or in the capture of
+    a CUDA graph. A copy or a pickle starts empty and unbound.
     """
 
     def __init__(self) -> None:
-        self.clear()
+        self._bound: frozenset[int] = frozenset()
+        # The tensors are held, so that no other one can take the place of one of them.
+        self._kept: tuple[tuple[Tensor, ...], tuple[Any, ...], T] | None = None
+
+    def bind(self, tensors: Iterable[Tensor]) -> None:
+        """Forget everything; keep what is built of these tensors from now on."""
+        self._kept, self._bound = None, frozenset(map(id, tensors))
 
     def clear(self) -> None:
-        """Forget everything."""
-        self._read: tuple[Tensor, ...] = ()  # held, so that no other tensor can take the place of one of them
-        self._state: tuple[Any, ...] = ()
-        self._value: T | None = None
+        """Forget everything; the binding stays."""
+        self._kept = None
 
-    def get(self, parameters: Sequence[Tensor], buffers: Sequence[Tensor], build: Callable[[], T]) -> T:
-        """What `build` makes of a module's parameters and buffers, or made of them before."""
-        tensors = (*parameters, *buffers)
-        own = all(isinstance(parameter, nn.Parameter) for parameter in parameters)
-        if not own or not _may_keep(tensors):
+    def get(self, tensors: Sequence[Tensor], build: Callable[[], T]) -> T:
+        """What `build` makes of the tensors, or made of them before."""
+        own = self._bound.issuperset(map(id, tensors))
+        if not own or torch.is_grad_enabled() or not _may_keep(tensors):
             return build()
         state = (_STEPS.seen(), *((tensor.data_ptr(), tensor._version) for tensor in tensors))
-        known = len(tensors) == len(self._read) and all(map(_same, tensors, self._read))
-        if self._value is None or not known or state != self._state:
-            with torch.inference_mode(False), torch.no_grad():
-                self._value = build()
-            self._read, self._state = tensors, state
-        return self._value
+        kept = self._kept  # once: another thread may clear it
+        if kept is not None and state == kept[1] and all(map(_same, tensors, kept[0])):
+            return kept[2]
+        with torch.inference_mode(False), torch.no_grad():
+            value = build()
+        self._kept = (tuple(tensors), state, value)
+        return value
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "KeptFactors[T]":
         return KeptFactors()
@@ -129,7 +129,10 @@ def _same(left: Tensor, right: Tensor) -> bool:
 
 
 def _may_keep(tensors: Sequence[Tensor]) -> bool:
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or in_transform():
+    """Whether what is computed here is an ordinary value, computed now, of tensors whose changes can be seen."""
+    if torch.compiler.is_compiling() or torch._C._is_tracing() or in_transform():
+        return False
+    if torch._C._len_torch_dispatch_stack():  # fake tensors, make_fx, counters
         return False
     if any(tensor.is_cuda for tensor in tensors) and torch.cuda.is_current_stream_capturing():
         return False

@@ -11,7 +11,7 @@ from adapterzoo.wide import in_transform, wide
 
 # Elements that are multiplied at a time where only sums of products are wanted, on a processor and elsewhere.
 _BLOCK, _DEVICE_BLOCK = 2**18, 2**24
-_SMALL_GAIN = 2.0**-4  # a gain below it is not divided by: too many digits would be lost
+_LOST = 2.0**8  # how often the square of y may hold that of l∘z, when the second is to be had from the first
 
 
 class Operands(NamedTuple):
@@ -23,6 +23,11 @@ class Operands(NamedTuple):
     V: Tensor | None
     bias: Tensor | None
     remainder: Tensor | None
+
+    @property
+    def update_trains(self) -> bool:
+        """Whether a gradient is wanted of the update itself."""
+        return any(t is not None and t.requires_grad for t in (self.delta, self.U, self.V, self.remainder))
 
 
 class Dropout(NamedTuple):
@@ -44,6 +49,11 @@ class Dropout(NamedTuple):
             return cls(p, rows, torch.rand(x.shape, device=x.device) < p)
         words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
         return cls(steps / 2**16, rows, (words.view(torch.int16) < steps - 2**15)[: x.numel()].view(x.shape))
+
+    def split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """[R, n] -> the rows that see the dropout, and the others."""
+        own, others = rows.split([self.rows, len(rows) - self.rows])  # type: ignore[no-untyped-call]
+        return own, others
 
     def zero(self, x: Tensor) -> Tensor:
         """X with zeros where it is dropped: [tokens, in]."""
@@ -104,14 +114,16 @@ class FactoredLinear(torch.autograd.Function):
         every = Operands(*operands)
         compiling = torch.compiler.is_compiling()  # then the compiler chooses what to keep and what to write in place
         per_row = every.delta is not None and every.delta.shape[0] > 1 and ctx.needs_input_grad[6]
-        ctx.lean = lean and per_row and every.remainder is None and not compiling
+        ctx.lean = lean and per_row and not compiling
         ctx.base, ctx.p, ctx.drop_rows, ctx.device = base, p, drop_rows, every.x.device.type
         ctx.autocast = torch.is_autocast_enabled(ctx.device)
         ctx.autocast_dtype = torch.get_autocast_dtype(ctx.device)
         drop = None if dropped is None else Dropout(p, drop_rows, dropped)
         made = forward(base, every, drop, in_place=not compiling, keep_z=per_row and not ctx.lean)
         y: Tensor = torch.ops.aten._unsafe_view.default(made.y, made.y.shape)  # no view: users may write to it
-        ctx.save_for_backward(*every, dropped, made.h, y if ctx.lean else made.z, *base.tensors)
+        held = every if ctx.lean else every._replace(bias=None)  # its value is of no use without y
+        ctx.save_for_backward(*held, dropped, made.h, y if ctx.lean else made.z, *base.tensors)
+        ctx.bias_dtype = None if every.bias is None else every.bias.dtype
         return y
 
     @staticmethod
@@ -136,7 +148,7 @@ def _gradients(
     wanted: tuple[bool, ...],
 ) -> tuple[Any, ...]:
     """The gradients of those operands that want one, in their order."""
-    x, delta, U, V, bias, remainder = cast(tuple[Any, ...], operands)  # what is wanted is there
+    x, delta, U, V, _, remainder = cast(tuple[Any, ...], operands)  # what is wanted is there
     for_x, for_delta, for_U, for_V, for_bias, for_remainder = wanted
     narrow, total = grad.dtype, _at_least_float32(grad.dtype)
     dy, rows = flat(grad), flat(x).to(narrow)
@@ -145,10 +157,10 @@ def _gradients(
     dh: Any = None
     dx: Any = None
     d_delta: Any = None
-    d_bias: Any = dy.sum(dim=0, dtype=total) if for_bias or ctx.lean else None
+    d_bias = dy.sum(dim=0, dtype=total).to(ctx.bias_dtype) if for_bias else None
     if U is not None and (for_x or for_V):
         dh = dy @ U.to(narrow)
-    dU = (h.mT @ dy).mT.to(U.dtype) if h is not None and (for_U or ctx.lean) else None
+    dU = (h.mT @ dy).mT.to(U.dtype) if h is not None and for_U else None
     dV = _project_back(dh, rows, drop).to(V.dtype) if for_V else None
     d_remainder = (dy.mT @ rows).to(remainder.dtype) if for_remainder else None
     if for_x or (for_delta and shared):
@@ -156,14 +168,9 @@ def _gradients(
             dx = ctx.base.apply_t(dy if gain is None or shared else (dy * gain).to(narrow)).to(narrow)
     if for_delta and shared:
         d_delta = _sum_of_products(dx, rows)
-    elif for_delta and ctx.lean and bool((gain.abs() >= _SMALL_GAIN).all()):
-        # Σ_t ∂y_ti y_ti = l_i ∂δ_i + ⟨U_i, ∂U_i⟩ + bias_i Σ_t ∂y_ti
-        d_delta = _column_products(dy, flat(kept))
-        d_delta = d_delta if dU is None else d_delta - (U * dU).sum(dim=1)
-        d_delta = (d_delta if bias is None else d_delta - bias * d_bias) / gain
     elif for_delta:
-        with _autocast_of(ctx):
-            d_delta = _column_products(dy, flat(ctx.base.apply(x) if ctx.lean else kept))
+        z = _base_product(ctx, operands, h, gain, kept) if ctx.lean else kept
+        d_delta = _column_products(dy, flat(z))
     if for_x:
         dx = dx.mul_(gain) if shared else dx
         dx = dx if U is None else _add_back(dx, dh, V.to(narrow), drop)
@@ -172,9 +179,9 @@ def _gradients(
     return (
         dx if for_x else None,
         d_delta.to(delta.dtype) if for_delta else None,
-        dU if for_U else None,
+        dU,
         dV,
-        d_bias.to(bias.dtype) if for_bias else None,
+        d_bias,
         d_remainder,
     )
 
@@ -184,37 +191,63 @@ def _differentiable(
 ) -> tuple[Tensor | None, ...]:
     """The same gradients with a graph of their own, for a backward that is differentiated again."""
     # One operand may be made of another (V of δ, under a rotation): aliases keep the partial derivatives apart.
-    aliases = [t.view_as(t) if t is not None and want else t for t, want in zip(operands, wanted, strict=True)]
+    pairs = list(zip(operands._replace(bias=None), wanted, strict=True))  # ∂bias is a sum of grad alone
+    aliases = [t.view_as(t) if t is not None and want else t for t, want in pairs]
     with _autocast_of(ctx):
         y = forward(ctx.base, Operands(*aliases), drop, in_place=False).y  # type: ignore[arg-type]
     inputs = [alias for alias, want in zip(aliases, wanted, strict=True) if alias is not None and want]
     gradients = iter(torch.autograd.grad(y, inputs, grad, create_graph=True))
-    return tuple(next(gradients) if want else None for want in wanted)
+    found = [next(gradients) if t is not None and want else None for t, want in pairs]
+    if ctx.needs_input_grad[9]:
+        found[4] = flat(grad).sum(dim=0).to(ctx.bias_dtype)
+    return tuple(found)
+
+
+def _base_product(ctx: Any, operands: Operands, h: Tensor | None, gain: Tensor, y: Tensor) -> Tensor:
+    """x Wᵀ: [tokens, out], from y, or formed anew where y has too few of its digits.
+
+    y was rounded with the bias and h Uᵀ in it. Where some row of l∘z is short against that row of y (a gain near zero,
+    a large bias, a large update), what is left after subtracting them is round-off.
+    """
+    x, _, U, _, bias, remainder = operands
+    total = gain.dtype
+    if remainder is None:
+        product = flat(y).to(total) if bias is None else flat(y) - bias.to(total)
+        if U is not None and h is not None:
+            product = torch.addmm(product, h.to(total), U.to(total).mT, alpha=-1)
+        if bool((_column_products(flat(y), flat(y)) <= _LOST * _column_products(product, product)).all()):
+            return product / gain
+    with _autocast_of(ctx):
+        z: Tensor = ctx.base.apply(x)
+    return z
 
 
 def _project(x: Tensor, V: Tensor, drop: Dropout | None) -> Tensor:
     """h = x Vᵀ: [tokens, R], the first columns from dropout(x)."""
     if drop is None:
         return x @ V.mT
-    own = drop.zero(x) @ V[: drop.rows].mT / (1 - drop.p)
-    return torch.cat([own, x @ V[drop.rows :].mT], dim=1) if drop.rows < len(V) else own
+    own, others = drop.split(V)
+    h = drop.zero(x) @ own.mT / (1 - drop.p)
+    return torch.cat([h, x @ others.mT], dim=1) if len(others) else h
 
 
 def _project_back(dh: Tensor, x: Tensor, drop: Dropout | None) -> Tensor:
     """∂V = ∂hᵀ x: [R, in], the first rows from dropout(x)."""
     if drop is None:
         return dh.mT @ x
-    own = dh[:, : drop.rows].mT @ drop.zero(x) / (1 - drop.p)
-    return torch.cat([own, dh[:, drop.rows :].mT @ x]) if drop.rows < dh.shape[1] else own
+    own, others = drop.split(dh.mT)
+    dV = own @ drop.zero(x) / (1 - drop.p)
+    return torch.cat([dV, others @ x]) if len(others) else dV
 
 
 def _add_back(dx: Tensor, dh: Tensor, V: Tensor, drop: Dropout | None) -> Tensor:
     """∂x + ∂h V: [tokens, in], in place; what the first columns give passes the dropout."""
     if drop is None:
         return dx.addmm_(dh, V)
-    if drop.rows < len(V):
-        dx = dx.addmm_(dh[:, drop.rows :], V[drop.rows :])
-    return dx.add_(drop.zero(dh[:, : drop.rows] / (1 - drop.p) @ V[: drop.rows]))
+    (own, others), (dh_own, dh_others) = drop.split(V), drop.split(dh.mT)
+    if len(others):
+        dx = dx.addmm_(dh_others.mT, others)
+    return dx.add_(drop.zero(dh_own.mT / (1 - drop.p) @ own))
 
 
 def _column_products(left: Tensor, right: Tensor) -> Tensor:
@@ -226,9 +259,8 @@ def _column_products(left: Tensor, right: Tensor) -> Tensor:
 def _sum_of_products(left: Tensor, right: Tensor) -> Tensor:
     """Σ_ti left_ti right_ti: [tokens, n], [tokens, n] -> [1], in float64."""
     total = _at_least_float32(left.dtype)
-    return _total([wide(torch.dot(a.to(total).flatten(), b.to(total).flatten())) for a, b in _blocks(left, right)])[
-        None
-    ]
+    pairs = ((a.to(total).reshape(-1), b.to(total).reshape(-1)) for a, b in _blocks(left, right))
+    return _total([wide(torch.dot(a, b)) for a, b in pairs])[None]
 
 
 def _blocks(left: Tensor, right: Tensor) -> list[tuple[Tensor, Tensor]]:

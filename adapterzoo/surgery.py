@@ -225,7 +225,11 @@ def reset_adapters(model: nn.Module, seed: int | None = None) -> None:
 
 
 def refresh(model: nn.Module) -> None:
-    """Forget what is kept of the base weights: call it after writing to them through `.data`."""
+    """Forget what is kept between calls: call it after writing to weights or parameters where torch can't see it.
+
+    Through `.data`, that is, through numpy, by a collective of torch.distributed, by another process, or by a replayed
+    CUDA graph.
+    """
     for layer in _layers(model).values():
         layer.refresh()
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from threading import Lock
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ def safe_sqrt(x: Tensor) -> Tensor:
     """√x with the subgradient 0 (not infinity) at 0, and 0 below it."""
     if torch.compiler.is_compiling() or in_transform():
         positive = x > 0
-        return torch.where(positive, torch.where(positive, x, 1).sqrt(), 0)
+        return torch.where(positive, torch.where(positive, x, 1).sqrt(), x.clamp_min(0).detach())
     return _SafeSqrt.apply(x)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -41,9 +42,12 @@ def row_blocks(matrix: Tensor, elements: int | None = None) -> tuple[Tensor, ...
 
 def row_norms_sq(matrix: Tensor) -> Tensor:
     """‖m_i‖² of every row of a matrix [out, in]: [out], summed in float64, differentiable; no copy of the matrix."""
-    blocks = [matrix] if torch.compiler.is_compiling() else row_blocks(matrix, _CACHED)
-    dtype = wide_dtype(matrix.device)  # the reduction widens as it goes, where a block fits a processor's cache
-    return torch.cat([torch.linalg.vector_norm(block, dim=1, dtype=dtype) for block in blocks]).square()
+    if torch.compiler.is_compiling():
+        norms: Tensor = torch.linalg.vector_norm(matrix, dim=1, dtype=wide_dtype(matrix.device))
+        return norms.square()
+    if in_transform():
+        return wide(matrix).square().sum(dim=1)
+    return _RowNormsSq.apply(matrix)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def wide_product(left: Tensor, right: Tensor) -> Tensor:
@@ -79,9 +83,14 @@ def _row_squares(base: Tensor, gain: Tensor | None, projected: Tensor | None, le
     return gain * (gain * base + 2 * cross) + own
 
 
+def in_forward_mode() -> bool:
+    """Whether forward-mode differentiation is at work."""
+    return forward_ad._current_level >= 0
+
+
 def in_transform() -> bool:
     """Whether torch.func or forward-mode differentiation is at work: they differentiate plain operations."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return bool(torch._C._are_functorch_transforms_active()) or in_forward_mode()
 
 
 def full_precision(device: str) -> AbstractContextManager[Any]:
@@ -92,26 +101,54 @@ def full_precision(device: str) -> AbstractContextManager[Any]:
     """
     if torch.compiler.is_compiling():
         return torch.autocast(device, enabled=False)
-    if torch.is_autocast_enabled(device) or not _FULL.issuperset(_float32_precisions()):
+    if torch.is_autocast_enabled(device) or _PRECISION.held or not _FULL.issuperset(_float32_precisions()):
         return _full_precision(device)
     return nullcontext()
 
 
 @contextmanager
 def _full_precision(device: str) -> Iterator[None]:
-    legacy, *before = _float32_precisions()
-    try:
-        if legacy is not None:
-            torch.set_float32_matmul_precision("highest")
-        for flags in _FLAGS:
-            flags.fp32_precision = "ieee"
-        with torch.autocast(device, enabled=False):
+    with torch.autocast(device, enabled=False):
+        _PRECISION.enter()
+        try:
             yield
-    finally:
-        if legacy is not None:
-            torch.set_float32_matmul_precision(legacy)
-        for flags, precision in zip(_FLAGS, before, strict=True):
-            flags.fp32_precision = precision
+        finally:
+            _PRECISION.leave()
+
+
+class _Precision:
+    """Full float32 while anyone is inside; the last one out of all threads gives the user's setting back."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside = Lock(), 0
+        self._before: list[str | None] = []
+
+    def enter(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._before = _float32_precisions()
+                if self._before[0] is not None:
+                    torch.set_float32_matmul_precision("highest")
+                for flags in _FLAGS:
+                    flags.fp32_precision = "ieee"
+            self._inside += 1
+
+    def leave(self) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                legacy, *others = self._before
+                if legacy is not None:
+                    torch.set_float32_matmul_precision(legacy)
+                for flags, precision in zip(_FLAGS, others, strict=True):
+                    flags.fp32_precision = precision
+
+    @property
+    def held(self) -> bool:
+        return self._inside > 0
+
+
+_PRECISION = _Precision()
 
 
 def _float32_precisions() -> list[str | None]:
@@ -127,6 +164,22 @@ def _float32_precisions() -> list[str | None]:
 # Plain autograd would keep every widened operand for the backward: eight bytes an element, and a copy for each use.
 # These functions save the tensors they were given and widen them again. Their backwards are made of plain operations,
 # so they can be differentiated again. Under torch.compile the plain form is traced: its partitioner recomputes a cast.
+class _RowNormsSq(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor) -> Tensor:
+        ctx.save_for_backward(matrix)
+        blocks = row_blocks(matrix, _CACHED if matrix.device.type == "cpu" else _BLOCK)
+        dtype = wide_dtype(matrix.device)  # a reduction widens as it goes, fast where a block fits a processor's cache
+        return torch.cat([torch.linalg.vector_norm(block, dim=1, dtype=dtype) for block in blocks]).square()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (matrix,) = ctx.saved_tensors
+        blocks = row_blocks(matrix)
+        parts = zip(blocks, grad.split([len(block) for block in blocks]), strict=True)  # type: ignore[no-untyped-call]
+        return torch.cat([(2 * part[:, None] * block).to(matrix.dtype) for block, part in parts])
+
+
 class _WideProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, left: Tensor, right: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
 """The kernel's own backward: against autograd through a dense weight, and among autograd's other machinery."""
 
+import copy
 import itertools
+import threading
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from adapterzoo import MAP, SORA, AdaLoRA, AdaptedLinear, DoRA, FLoRA, Full, LoRA, PreDiag, kernel, wide
 from adapterzoo.base import DenseBase
+from adapterzoo.errors import UnfrozenBaseWarning
 from adapterzoo.functional import factored_linear
 from adapterzoo.kept import NormCache
 
@@ -148,10 +151,28 @@ def test_lean_never_divides_by_a_small_gain(gain):
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-12, atol=1e-12)
 
 
-def test_the_test_of_small_gains_can_fail(monkeypatch):
-    monkeypatch.setattr(kernel, "_SMALL_GAIN", 0.0)
+@pytest.mark.parametrize(("what", "size"), [("bias", 30.0), ("bias", 100.0), ("update", 100.0)])
+def test_lean_keeps_its_digits_where_y_is_mostly_something_else(what, size):
+    """In 16 bits y has lost x Wᵀ under a large bias or update."""
+    base, errors = DenseBase(drawn(24, 32, seed=9).bfloat16(), NormCache()), []
+    delta, bias = 0.2 * drawn(24, seed=1).float(), drawn(24, seed=2).bfloat16()
+    U, V = 0.1 * drawn(24, R, seed=3).float(), drawn(R, 32, seed=4).float()
+    bias, U = (size * bias, U) if what == "bias" else (bias, size * U)
+    x, dy = drawn(256, 32, seed=5).bfloat16(), drawn(256, 24, seed=6).bfloat16()
+    true = (dy.double() * (x.double() @ base.weight.double().mT)).sum(dim=0)
+    for lean in (False, True):
+        leaf = delta.clone().requires_grad_()
+        factored_linear(x, base, leaf, U, V, bias, lean=lean).backward(dy)
+        errors.append(float((leaf.grad - true).norm() / true.norm()))
+    assert errors[1] < max(4 * errors[0], 1e-2), errors
+
+
+def test_the_tests_of_lean_can_fail(monkeypatch):
+    monkeypatch.setattr(kernel, "_LOST", float("inf"))
     with pytest.raises(AssertionError):
         test_lean_never_divides_by_a_small_gain(1e-9)
+    with pytest.raises(AssertionError):
+        test_lean_keeps_its_digits_where_y_is_mostly_something_else("bias", 100.0)
 
 
 def test_in_place_operations_may_follow():
@@ -192,6 +213,27 @@ def test_a_kept_graph_gives_its_gradients_again(spec):
     first = torch.autograd.grad(y.square().sum(), parameters, retain_graph=True)
     for one, other in zip(first, torch.autograd.grad(y.square().sum(), parameters), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("spec", [LoRA(r=2), MAP(LoRA(r=2)), SIX_DEEP], ids=repr)
+def test_a_frozen_adapter_keeps_no_input(spec):
+    """As a frozen nn.Linear: the input may be changed, or go, before the backward."""
+    layer = perturbed(spec, dtype=torch.float64)
+    layer.adapter.requires_grad_(False)
+    leaf = drawn(3, 4).requires_grad_()
+    hidden = leaf * 1
+    y = layer(hidden)
+    hidden.add_(1)
+    y.sum().backward()
+    torch.testing.assert_close(leaf.grad, layer.effective_weight().sum(dim=0).expand(3, 4))
+
+
+def test_the_value_of_a_bias_is_not_kept():
+    layer = perturbed(DoRA(LoRA(r=2)))
+    y = layer(torch.randn(3, 4))
+    with torch.no_grad():
+        layer.bias.add_(1)
+    y.sum().backward()
 
 
 def test_what_wants_no_gradient_costs_nothing():
@@ -304,13 +346,16 @@ def test_checkpointing_repeats_the_forward_dropout_included(spec, reentrant):
     model = nn.Sequential(perturbed(spec), nn.GELU(), perturbed(spec, out=4, cols=5))
     x, gradients = torch.randn(6, 4), []
     for wrapped in (False, True):
-        for _ in range(2):  # twice, with a step between: nothing of the last pass may be used again
+        fresh = copy.deepcopy(model)
+        optimiser = torch.optim.AdamW([p for p in fresh.parameters() if p.requires_grad], lr=0.1, fused=True)
+        for _ in range(2):  # with a step between: nothing of the last pass may be used again
             torch.manual_seed(1)
             leaf = x.clone().requires_grad_()
-            y = checkpoint(model, leaf, use_reentrant=reentrant) if wrapped else model(leaf)
-            model.zero_grad()
+            y = checkpoint(fresh, leaf, use_reentrant=reentrant) if wrapped else fresh(leaf)
+            optimiser.zero_grad()
             y.square().sum().backward()
-        gradients.append([leaf.grad, *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+            optimiser.step()
+        gradients.append([leaf.grad, *(p.grad.clone() for p in fresh.parameters() if p.grad is not None)])
     assert len(gradients[0]) > 4
     for mine, true in zip(*gradients, strict=True):
         assert torch.equal(mine, true)
@@ -333,6 +378,71 @@ def test_forward_mode_agrees_with_reverse_mode(spec):
         dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
         out = torch.autograd.forward_ad.unpack_dual(layer(dual)).tangent
     torch.testing.assert_close(out, torch.ones_like(x) @ layer.effective_weight().mT)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("spec", [DoRA(LoRA(r=2)), SORA(LoRA(r=2))], ids=repr)
+def test_forward_mode_over_a_16_bit_weight(spec):
+    layer = perturbed(spec, dtype=torch.bfloat16)
+    values = {f"adapter.{name}": p.detach() for name, p in layer.adapter.named_parameters()}
+    tangent = {name: torch.ones_like(value) for name, value in values.items()}
+
+    def loss(values):
+        return torch.func.functional_call(layer, values, (torch.ones(3, 4).bfloat16(),)).float().sum()
+
+    _, forward = torch.func.jvp(loss, (values,), (tangent,))
+    reverse = sum(gradient.sum() for gradient in torch.func.grad(loss)(values).values())
+    torch.testing.assert_close(forward, reverse, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    "spec", [LoRA(r=2), LoRA(r=2, dropout=0.4), MAP(FLoRA(r=2)), DoRA(LoRA(r=2, dropout=0.4)), SIX_DEEP, DoRA(Full())]
+)
+def test_several_gradients_in_one_backward(spec, dtype):
+    """torch.autograd.grad(is_grads_batched=True), which jacobian and hessian with vectorize=True use."""
+    layer, x = perturbed(spec, dtype=dtype), drawn(3, 4).to(dtype)
+    parameters = list(layer.adapter.parameters())
+    y, several = layer(x), drawn(2, 3, 5, seed=1).to(dtype)
+    batched = torch.autograd.grad(y, parameters, several, is_grads_batched=True, retain_graph=True)
+    for number, dy in enumerate(several):
+        for whole, one in zip(batched, torch.autograd.grad(y, parameters, dy, retain_graph=True), strict=True):
+            torch.testing.assert_close(whole[number], one)
+
+
+@pytest.mark.parametrize("spec", [MAP(Full()), DoRA(Full(), detach_norm=False), MAP(LoRA(r=2))], ids=repr)
+def test_second_derivatives_are_finite_at_the_start_and_on_a_zero_row(spec):
+    linear = nn.Linear(4, 5, dtype=torch.float64)
+    with torch.no_grad():
+        linear.weight[0] = 0
+    layer = AdaptedLinear(linear, spec)
+    parameters = list(layer.adapter.parameters())
+    loss = layer(drawn(3, 4)).square().sum()
+    first = torch.autograd.grad(loss, parameters, create_graph=True)
+    second = torch.autograd.grad(sum(g.square().sum() for g in first), parameters, allow_unused=True)
+    assert all(torch.isfinite(g).all() for g in second if g is not None)
+
+
+def test_second_derivatives_of_row_norms_are_those_of_squares():
+    rows = torch.cat([torch.zeros(1, 3), drawn(2, 3).float()]).double().requires_grad_()
+    assert torch.autograd.gradcheck(wide.row_norms_sq, rows)
+    assert torch.autograd.gradgradcheck(wide.row_norms_sq, rows)
+
+
+def test_a_trained_base_gets_its_gradient_though_someone_asked_under_no_grad():
+    layer = perturbed(DoRA(LoRA(r=2), detach_norm=False), dtype=torch.float64)
+    layer.adapter.requires_grad_(False)
+    layer.weight.requires_grad_()
+    with pytest.warns(UnfrozenBaseWarning):
+        site = layer._site()
+    gradients = []
+    for asks in (False, True):
+        inside = layer.adapter.inner.weight(site)
+        if asks:
+            with torch.no_grad():
+                inside.row_norms()
+        gradients.append(torch.autograd.grad(inside.row_norms().sum(), layer.weight)[0])
+    assert torch.equal(*gradients)
 
 
 def test_one_call_of_the_kernel_serves_every_spec(monkeypatch):
@@ -389,6 +499,29 @@ def test_factors_are_built_in_full_float32(how, monkeypatch):
     finally:
         torch.set_float32_matmul_precision("highest")
     assert wide._FULL.issuperset(state())
+
+
+def test_overlapping_threads_give_the_users_precision_back():
+    """The first in, the second in, the first out, the second out: the last one restores."""
+    torch.set_float32_matmul_precision("high")
+    try:
+        users, inside, leave = wide._float32_precisions(), threading.Event(), threading.Event()
+
+        def other():
+            with wide.full_precision("cpu"):
+                inside.set()
+                leave.wait(10)
+
+        with wide.full_precision("cpu"):
+            thread = threading.Thread(target=other)
+            thread.start()
+            assert inside.wait(10)
+        assert wide._FULL.issuperset(wide._float32_precisions())  # the other one is still at work
+        leave.set()
+        thread.join()
+        assert wide._float32_precisions() == users
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_the_dropout_of_a_cpu_has_the_rate_that_it_says():

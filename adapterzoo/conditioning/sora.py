@@ -92,7 +92,8 @@ class SORA(Wrapper):
 
 def _cayley_middle(Z: Tensor) -> Tensor:
     """(I − Z/2)⁻¹: [2k, 2k]."""
-    inverse: Tensor = torch.linalg.inv(torch.eye(len(Z), dtype=Z.dtype, device=Z.device) - Z / 2)
+    # There always is one: Z has the eigenvalues of a skew matrix. `inv` would stop a GPU to ask whether there is.
+    inverse: Tensor = torch.linalg.inv_ex(torch.eye(len(Z), dtype=Z.dtype, device=Z.device) - Z / 2).inverse
     return inverse
 
 
