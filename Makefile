@@ -3,8 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
+THREADS ?= 2
+BENCH ?=
+QUICK ?=
 
-.PHONY: help setup test test-long check format demo figures clean
+.PHONY: help setup test test-long check format demo figures bench clean
 
 help:
 	@echo "make demo       a small real ablation: 17 cells on scikit-learn's digits, about 3 minutes"
@@ -12,6 +15,7 @@ help:
 	@echo "make test-long  the property tests with ten times the draws"
 	@echo "make check      format, lint, types, doctests"
 	@echo "make figures    the pictures of docs/"
+	@echo "make bench      speed and memory against PEFT, about 25 minutes; QUICK=1: 3; BENCH=linear_step: one claim"
 
 setup: $(VENV)/.ready
 
@@ -41,6 +45,14 @@ demo: $(VENV)/.ready
 
 figures: $(VENV)/.ready
 	$(BIN)/python docs/figures/map_start.py
+
+bench: $(VENV)/.bench
+	$(BIN)/python -m benchmarks $(BENCH) --threads $(THREADS) $(if $(QUICK),--quick)
+
+# The peers, PEFT and Transformers, beside what the tests need.
+$(VENV)/.bench: $(VENV)/.ready
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[bench]"
+	@touch $@
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info
