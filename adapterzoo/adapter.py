@@ -1,6 +1,6 @@
 """The one module that holds adapter parameters: it mirrors the tree of a spec and knows no piece by name."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Self
 
@@ -63,10 +63,11 @@ class Adapter(nn.Module):
         assert isinstance(self.spec, Generator)
         return checked_weight(self.spec, self.spec.update(params, site), site)
 
-    def tensors(self) -> list[Tensor]:
-        """Every parameter and buffer of the composition, as they are now."""
-        inside = [] if self.inner is None else self.inner.tensors()
-        return inside + [self._value(name) for name in self.spec.roles]
+    def places(self) -> list[tuple[Mapping[str, Tensor | None], str]]:
+        """Where every parameter and buffer of the composition stands: the table of its module, and its name there."""
+        inside = [] if self.inner is None else self.inner.places()
+        roles = self.spec.roles.items()
+        return inside + [(self._buffers if role is Role.BUFFER else self._parameters, name) for name, role in roles]
 
     def _value(self, name: str) -> Tensor:
         """The piece's own parameter or buffer of that name, one of its roles."""

@@ -1,6 +1,6 @@
 """What is kept between calls: norms of a frozen weight, and factors while no gradient is wanted."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -10,6 +10,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from adapterzoo.wide import in_transform, row_norms_sq
 
 T = TypeVar("T")
+Tables = Mapping[str, Tensor | None]
 
 
 class NormCache:
@@ -41,7 +42,11 @@ class NormCache:
     def row_norms_sq(self, weight: Tensor) -> Tensor:
         """‖w_i‖²: [out] in float64, from the cache where the weight is the bound one and has not changed."""
         self.see(weight)
-        if weight.requires_grad or self._bound != id(weight) or not _may_keep([weight]):
+        if torch.compiler.is_compiling() or weight.requires_grad or self._bound != id(weight):
+            return row_norms_sq(weight)
+        if weight.is_inference() or _is_watched():
+            return row_norms_sq(weight)
+        if weight.is_cuda and torch.cuda.is_current_stream_capturing():
             return row_norms_sq(weight)
         key = (weight.data_ptr(), weight._version, weight.dtype, weight.device)
         kept = self._kept  # once: another thread may clear it
@@ -68,30 +73,35 @@ class KeptFactors(Generic[T]):
     """
 
     def __init__(self) -> None:
-        self._bound: frozenset[int] = frozenset()
+        self._places: list[tuple[Tables, str]] = []
+        self._bound: list[int] = []
         # The tensors are held, so that no other one can take the place of one of them.
-        self._kept: tuple[tuple[Tensor, ...], tuple[Any, ...], T] | None = None
+        self._kept: tuple[list[Tensor], list[Any], T] | None = None
 
-    def bind(self, tensors: Iterable[Tensor]) -> None:
-        """Forget everything; keep what is built of these tensors from now on."""
-        self._kept, self._bound = None, frozenset(map(id, tensors))
+    def bind(self, places: Iterable[tuple[Tables, str]]) -> None:
+        """Forget everything; keep what is built of the tensors in these places (a table of a module, a name)."""
+        self._kept, self._places = None, list(places)
+        self._bound = [id(table.get(name)) for table, name in self._places]
 
     def clear(self) -> None:
         """Forget everything; the binding stays."""
         self._kept = None
 
-    def get(self, tensors: Sequence[Tensor], build: Callable[[], T]) -> T:
-        """What `build` makes of the tensors, or made of them before."""
-        own = self._bound.issuperset(map(id, tensors))
-        if not own or torch.is_grad_enabled() or not _may_keep(tensors):
+    def get(self, build: Callable[[], T]) -> T:
+        """What `build` makes of the tensors in the bound places, or made of them before."""
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or _is_watched():
             return build()
-        state = (_STEPS.seen(), *((tensor.data_ptr(), tensor._version) for tensor in tensors))
+        tensors = [table.get(name) for table, name in self._places]
         kept = self._kept  # once: another thread may clear it
-        if kept is not None and state == kept[1] and all(map(_same, tensors, kept[0])):
+        if kept is not None and all(map(_same, tensors, kept[0])) and _state(kept[0]) == kept[1]:
             return kept[2]
+        own = [tensor for tensor in tensors if tensor is not None and not tensor.is_inference()]
+        if list(map(id, own)) != self._bound:
+            return build()
+        state = _state(own)
         with torch.inference_mode(False), torch.no_grad():
             value = build()
-        self._kept = (tuple(tensors), state, value)
+        self._kept = (own, state, value)
         return value
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "KeptFactors[T]":
@@ -124,16 +134,17 @@ class _Steps:
 _STEPS = _Steps()
 
 
-def _same(left: Tensor, right: Tensor) -> bool:
+def _state(tensors: list[Tensor]) -> list[Any]:
+    """What differs after a change that can be seen; no state equals one in the capture of a CUDA graph."""
+    if tensors[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        return [object()]
+    return [_STEPS.seen(), *[(tensor.data_ptr(), tensor._version) for tensor in tensors]]
+
+
+def _same(left: Tensor | None, right: Tensor | None) -> bool:
     return left is right
 
 
-def _may_keep(tensors: Sequence[Tensor]) -> bool:
-    """Whether what is computed here is an ordinary value, computed now, of tensors whose changes can be seen."""
-    if torch.compiler.is_compiling() or torch._C._is_tracing() or in_transform():
-        return False
-    if torch._C._len_torch_dispatch_stack():  # fake tensors, make_fx, counters
-        return False
-    if any(tensor.is_cuda for tensor in tensors) and torch.cuda.is_current_stream_capturing():
-        return False
-    return not any(tensor.is_inference() for tensor in tensors)
+def _is_watched() -> bool:
+    """Whether someone transforms, traces or counts what runs: fake tensors, make_fx, torch.func, torch.jit."""
+    return in_transform() or bool(torch._C._len_torch_dispatch_stack()) or bool(torch._C._is_tracing())

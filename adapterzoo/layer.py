@@ -120,7 +120,7 @@ class AdaptedLinear(nn.Module):
         self.adapter = adapter
         self._initialised = not base.weight.is_meta
         self._file_had_whole_adapter = False
-        self._factors.bind((self.weight, *adapter.tensors()))
+        self._factors.bind([(self._parameters, "weight"), *adapter.places()])
         self.train(base.training)
 
     @property
@@ -180,7 +180,7 @@ class AdaptedLinear(nn.Module):
         """As `factored_weight`, but with grad mode off the one of the last call, where nothing has changed."""
         if torch.is_grad_enabled():
             return self.factored_weight()
-        return self._factors.get((self.weight, *self.adapter.tensors()), self.factored_weight)
+        return self._factors.get(self.factored_weight)
 
     def effective_weight(self) -> Tensor:
         """W': [out, in], in the weight's dtype, rounded once; differentiable. Dropout is no part of it."""
@@ -292,7 +292,7 @@ class AdaptedLinear(nn.Module):
     def refresh(self) -> None:
         """Forget what is kept between calls: call it after writing to a weight or a parameter through `.data`."""
         self._norms.bind(self.weight)
-        self._factors.bind((self.weight, *self.adapter.tensors()))
+        self._factors.bind([(self._parameters, "weight"), *self.adapter.places()])
 
     def train(self, mode: bool = True) -> Self:
         """As every module does; what is kept between calls is forgotten."""
