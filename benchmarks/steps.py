@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.layers import trained
+from benchmarks.layers import Bench, trained
 
 RATE = 1e-5
 
@@ -30,6 +30,30 @@ def model_step(module: nn.Module, forward: Callable[[], Tensor], dy: Tensor, *in
         optimiser.zero_grad(set_to_none=True)
         for tensor in inputs:
             tensor.grad = None
+
+    return step
+
+
+def products_alone(bench: Bench, dora: bool = False) -> Callable[[], None]:
+    """The matrix products of LoRA's step, in place and in a row: no autograd, no optimiser, nothing else. A floor.
+
+    With `dora` also what DoRA can't do without: the product W Vᵀ of its norm, and the passes y ∘ l and ∂y ∘ l.
+    """
+    W, x, dy = bench.base.weight.detach(), bench.x.detach(), bench.dy
+    U, V, gain = torch.randn(len(W), bench.rank), torch.randn(bench.rank, W.shape[1]), torch.rand(len(W))
+
+    def step() -> None:
+        y = x @ W.mT if dora else torch.nn.functional.linear(x, W, bench.base.bias.detach())
+        if dora:
+            W @ V.mT
+            y = y * gain
+        h = x @ V.mT
+        y.addmm_(h, U.mT)
+        dh = dy @ U
+        h.mT @ dy
+        dh.mT @ x
+        dx = (dy * gain if dora else dy) @ W
+        dx.addmm_(dh, V)
 
     return step
 

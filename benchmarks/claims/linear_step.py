@@ -7,7 +7,7 @@ from benchmarks.options import Options
 from benchmarks.paired import Comparison, Step, compare, pairs_within
 from benchmarks.result import Result
 from benchmarks.specs import SIX_DEEP, deep, generators, wrapped
-from benchmarks.steps import training_step
+from benchmarks.steps import products_alone, training_step
 
 REACHES = {
     "LoRA": 0.97,
@@ -20,6 +20,7 @@ REACHES = {
 AGAINST_DORA = {"DoRA(LoRA)": 0.64}
 AGAINST_DROPPED_DORA = {"DoRA(LoRA), dropout": 0.50}
 DROPOUT, PAIRS = 0.05, 41
+FLOOR, DORAS_FLOOR = "floor: LoRA's products alone", "floor: DoRA's products and passes alone"
 SIZES, TOKENS = (768, 2048, 4096), (64, 512, 2048, 8192)
 SWEEP_SECONDS = 8.0  # per cell, but for the cells in which 5 rounds take longer
 
@@ -68,7 +69,9 @@ def _headline(bench: Bench, pairs: int) -> Comparison:
         f"{PEFT_DORA}, dropout": bench.peft(dora=True, dropout=DROPOUT),
         **{f"{name}, dropout": bench.ours(dropped[name]) for name in ("LoRA", "MAP(LoRA)", "DoRA(LoRA)", SIX_DEEP)},
     }
-    return compare(_steps(bench, layers), PEFT_LORA, pairs, bench.options.seed, cuda=bench.options.cuda)
+    floors = {FLOOR: products_alone(bench), DORAS_FLOOR: products_alone(bench, dora=True)}
+    steps = {**_steps(bench, layers), **(floors if bench.options.device == "cpu" else {})}
+    return compare(steps, PEFT_LORA, pairs, bench.options.seed, cuda=bench.options.cuda)
 
 
 def _cell(bench: Bench) -> Comparison:
