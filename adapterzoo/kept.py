@@ -5,12 +5,14 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from adapterzoo.wide import in_transform, row_norms_sq
 
 T = TypeVar("T")
 Tables = Mapping[str, Tensor | None]
+State = tuple[Any, ...]
 
 
 class NormCache:
@@ -23,7 +25,7 @@ class NormCache:
 
     def __init__(self) -> None:
         self._bound: int | None = None  # an id: a weak reference would forbid torch to swap the tensor's contents
-        self._kept: tuple[tuple[Any, ...], Tensor] | None = None
+        self._kept: tuple[State, StorageWeakRef, Tensor] | None = None
 
     def bind(self, weight: Tensor) -> None:
         """Keep the norms of this tensor from now on."""
@@ -46,14 +48,11 @@ class NormCache:
             return row_norms_sq(weight)
         if weight.is_inference() or _is_watched():
             return row_norms_sq(weight)
-        if weight.is_cuda and torch.cuda.is_current_stream_capturing():
-            return row_norms_sq(weight)
-        key = (weight.data_ptr(), weight._version, weight.dtype, weight.device)
-        kept = self._kept  # once: another thread may clear it
-        if kept is None or key != kept[0]:
+        kept, state = self._kept, _state(weight)  # read once: another thread may clear it
+        if kept is None or state != kept[0]:
             with torch.inference_mode(False), torch.no_grad():
-                kept = self._kept = (key, row_norms_sq(weight))
-        return kept[1]
+                kept = self._kept = (state, _hold(weight), row_norms_sq(weight))
+        return kept[2]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "NormCache":
         return NormCache()
@@ -76,7 +75,7 @@ class KeptFactors(Generic[T]):
         self._places: list[tuple[Tables, str]] = []
         self._bound: list[int] = []
         # The tensors are held, so that no other one can take the place of one of them.
-        self._kept: tuple[list[Tensor], list[Any], T] | None = None
+        self._kept: tuple[list[Tensor], list[StorageWeakRef], tuple[int, list[State]], T] | None = None
 
     def bind(self, places: Iterable[tuple[Tables, str]]) -> None:
         """Forget everything; keep what is built of the tensors in these places (a table of a module, a name)."""
@@ -92,16 +91,16 @@ class KeptFactors(Generic[T]):
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or _is_watched():
             return build()
         tensors = [table.get(name) for table, name in self._places]
-        kept = self._kept  # once: another thread may clear it
-        if kept is not None and all(map(_same, tensors, kept[0])) and _state(kept[0]) == kept[1]:
-            return kept[2]
+        kept, steps = self._kept, _STEPS.seen()  # read once: another thread may clear it
+        if kept is not None and all(map(_same, tensors, kept[0])) and kept[2] == (steps, list(map(_state, kept[0]))):
+            return kept[3]
         own = [tensor for tensor in tensors if tensor is not None and not tensor.is_inference()]
         if list(map(id, own)) != self._bound:
             return build()
-        state = _state(own)
+        states = list(map(_state, own))
         with torch.inference_mode(False), torch.no_grad():
             value = build()
-        self._kept = (own, state, value)
+        self._kept = (own, list(map(_hold, own)), (steps, states), value)
         return value
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "KeptFactors[T]":
@@ -134,11 +133,16 @@ class _Steps:
 _STEPS = _Steps()
 
 
-def _state(tensors: list[Tensor]) -> list[Any]:
+def _state(tensor: Tensor) -> State:
     """What differs after a change that can be seen; no state equals one in the capture of a CUDA graph."""
-    if tensors[0].is_cuda and torch.cuda.is_current_stream_capturing():
-        return [object()]
-    return [_STEPS.seen(), *[(tensor.data_ptr(), tensor._version) for tensor in tensors]]
+    if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+        return (object(),)
+    return (tensor.untyped_storage()._cdata, tensor.data_ptr(), tensor._version)
+
+
+def _hold(tensor: Tensor) -> StorageWeakRef:
+    """Keep the identity of a tensor's storage from being given to another one, but not its memory."""
+    return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
 
 
 def _same(left: Tensor | None, right: Tensor | None) -> bool:

@@ -215,7 +215,8 @@ def _base_product(ctx: Any, operands: Operands, h: Tensor | None, gain: Tensor, 
         product = flat(y).to(total) if bias is None else flat(y) - bias.to(total)
         if U is not None and h is not None:
             product = torch.addmm(product, h.to(total), U.to(total).mT, alpha=-1)
-        if bool((_column_products(flat(y), flat(y)) <= _LOST * _column_products(product, product)).all()):
+        whole, left = _column_products(flat(y), flat(y)), _column_products(product, product)
+        if bool(((whole <= _LOST * left) & (gain != 0)).all()):
             return product / gain
     with _autocast_of(ctx):
         z: Tensor = ctx.base.apply(x)

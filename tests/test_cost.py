@@ -13,6 +13,7 @@ from torch import nn
 from adapterzoo import MAP, SORA, AdaLoRA, AdaptedLinear, DoRA, FLoRA, LoRA, PreDiag
 from adapterzoo.factored import FactoredWeight
 from benchmarks.counted import alive_bytes, flops
+from benchmarks.counted_check import check
 
 TOKENS, WIDTH, RANK = 1024, 2048, 16
 LORAS = 4 * TOKENS * WIDTH * WIDTH + 6 * TOKENS * RANK * (WIDTH + WIDTH)  # two base products, and six thin ones
@@ -122,6 +123,10 @@ def test_operations_do_not_grow_with_depth_by_more_than_the_wrappers_own():
         assert dearer - cheaper <= 4 * one_pass + 6 * 64 * 8 * (256 + 256)
 
 
+def test_the_counters_agree_with_cases_known_by_hand():
+    check()
+
+
 def test_the_counts_can_fail(monkeypatch):
     """A dense norm, a copy of the input and an output kept too many are seen."""
     with monkeypatch.context() as patch:
@@ -131,3 +136,12 @@ def test_the_counts_can_fail(monkeypatch):
         original = AdaptedLinear.forward
         patch.setattr(AdaptedLinear, "forward", lambda self, x: original(self, x * 1.0))
         assert left_behind(LORA) > 0.9
+
+
+@pytest.mark.parametrize(("frozen", "thin"), [("A", 3), ("B", 4)])
+def test_a_frozen_factor_costs_no_gradient(frozen, thin):
+    """Without ∂x: x Vᵀ, h Uᵀ and ∂U, or x Vᵀ, h Uᵀ, ∂h and ∂V."""
+    layer, x, dy = layer_of(LORA, tokens=64, width=256)
+    getattr(layer.adapter, frozen).requires_grad_(False)
+    done = flops(lambda: layer(x.detach()).backward(dy))
+    assert done == 2 * 64 * 256 * 256 + thin * 2 * 64 * RANK * 256

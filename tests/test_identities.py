@@ -291,3 +291,8 @@ def test_a_dense_update_that_cancels_a_row_under_dora():
         layer.adapter.inner.delta[0] = -layer.weight[0]
     assert not layer.effective_weight()[0].any()
     assert layer.effective_weight()[1:].any()
+
+
+@pytest.mark.parametrize(("ranks", "rank"), [((4, 2), 2), ((2, 4), 2), ((3, 3), 3)])
+def test_floras_normal_form_has_the_smaller_rank(ranks, rank):
+    assert AdaptedLinear(nn.Linear(4, 5), FLoRA(r=ranks)).factored_weight().U.shape == (5, rank)

@@ -284,3 +284,64 @@ def test_the_hook_on_optimisers_is_one_for_the_process(layer):
         copy.deepcopy(layer)(X)
     notes = [hook for hook in optimizer._global_optimizer_post_hooks.values() if hook == kept._STEPS._note]
     assert len(notes) == 1
+
+
+def test_masks_may_be_stacked_alone():
+    layer, masks = AdaptedLinear(nn.Linear(4, 5), AdaLoRA(r=2)), torch.tensor([[1.0, 1.0], [0.0, 1.0]])
+    with torch.no_grad():
+        layer.adapter.lam.fill_(3)
+
+        def call(mask):
+            return torch.func.functional_call(layer, {"adapter.mask": mask}, (X,))
+
+        torch.testing.assert_close(torch.func.vmap(call)(masks), torch.stack([call(mask) for mask in masks]))
+
+
+def test_what_is_kept_holds_no_graph(layer):
+    with torch.no_grad():
+        layer(X)
+    assert not layer._factors._kept[-1].U.requires_grad
+
+
+def test_norms_taken_in_inference_mode_serve_training():
+    layer = AdaptedLinear(nn.Linear(4, 5), DoRA(DoRA(LoRA(r=2), detach_norm=False), detach_norm=False))
+    layer.refresh()
+    with torch.inference_mode():
+        layer.factored_weight()
+    layer(X).sum().backward()
+
+
+def test_a_merge_in_inference_mode_leaves_an_ordinary_weight(layer):
+    with torch.inference_mode():
+        layer.merge()
+    assert not layer.weight.is_inference()
+
+
+@pytest.mark.filterwarnings("ignore::adapterzoo.errors.UnfrozenBaseWarning")
+def test_norms_of_a_weight_that_a_fused_optimiser_trained_are_dropped(layer):
+    layer.factored_weight()
+    layer.weight.requires_grad_().grad = torch.ones_like(layer.weight)
+    layer.factored_weight()
+    torch.optim.AdamW([layer.weight], lr=0.5, fused=True).step()
+    layer.weight.requires_grad_(False)
+    torch.testing.assert_close(layer.factored_weight().base.row_norms_sq(), layer.weight.double().square().sum(dim=1))
+
+
+def test_a_reset_sees_what_was_written_behind_autograd(layer):
+    layer.factored_weight()
+    layer.weight.data.mul_(2)
+    layer.reset()
+    torch.testing.assert_close(layer.adapter.magnitude, layer.weight.norm(dim=1), check_dtype=False)
+
+
+def test_storage_that_takes_the_place_of_another_is_not_taken_for_it():
+    """Two replacements of `.data` with no call between: the second may get the address of the first's predecessor."""
+    for _ in range(20):
+        layer = AdaptedLinear(nn.Linear(64, 64), DoRA(LoRA(r=4))).eval()
+        x = torch.randn(3, 64)
+        for tensor in (layer.weight, layer.adapter.magnitude):
+            with torch.no_grad():
+                layer(x)
+                tensor.data = 2 * tensor.data
+                tensor.data = 1.5 * tensor.data
+                assert torch.equal(layer(x), copy.deepcopy(layer)(x))

@@ -535,3 +535,178 @@ def test_the_dropout_of_a_cpu_has_the_rate_that_it_says():
         for part in (drop.dropped, *(drop.dropped.flatten()[lane::4] for lane in range(4))):
             assert abs(float(part.float().mean()) - p) <= 5 * error * (x.numel() / part.numel()) ** 0.5 + 2**-17
     assert not torch.equal(kernel.Dropout.draw(x, 0.5, 1).dropped, kernel.Dropout.draw(x, 0.5, 1).dropped)
+
+
+def watched_products(monkeypatch, *names):
+    """What the base's own products give, in a list that grows."""
+    made = []
+    for name in names:
+        original = getattr(DenseBase, name)
+        monkeypatch.setattr(DenseBase, name, lambda *a, original=original: made.append(original(*a)) or made[-1])
+    return made
+
+
+def test_a_gradient_with_a_graph_counts_no_operand_twice():
+    base, delta = dense_base(), drawn(OUT, seed=1).requires_grad_()
+    V = (drawn(R, OUT, seed=2) * (1 + delta)) @ base.weight
+    loss = factored_linear(drawn(T, IN), base, delta, drawn(OUT, R, seed=3), V).square().sum()
+    (once,) = torch.autograd.grad(loss, delta, retain_graph=True)
+    (again,) = torch.autograd.grad(loss, delta, create_graph=True)
+    torch.testing.assert_close(again, once, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_lean_forms_no_product_anew_while_its_gains_are_large(sign, monkeypatch):
+    made = watched_products(monkeypatch, "apply")
+    delta = torch.full((OUT,), sign * 0.1 - 1, dtype=torch.float64).requires_grad_()
+    factored_linear(drawn(T, IN), dense_base(), delta, lean=True).sum().backward()
+    assert len(made) == 1
+
+
+@pytest.mark.parametrize("spec", [LoRA(r=2), MAP(LoRA(r=2))], ids=repr)
+def test_in_place_operations_may_follow_a_lean_layer_that_keeps_no_y(spec):
+    perturbed(spec, lean=True)(torch.randn(3, 4)).relu_().sum().backward()
+
+
+LEAN = [(LoRA(r=2), False), (MAP(LoRA(r=2)), False), (DoRA(LoRA(r=2)), True), (Full(), False)]
+
+
+@pytest.mark.parametrize(("spec", "lean"), LEAN)
+@pytest.mark.parametrize("grad", [False, True])
+def test_y_takes_the_memory_of_the_base_product(spec, lean, grad, monkeypatch):
+    layer, made = perturbed(spec, lean=lean), watched_products(monkeypatch, "apply")
+    with torch.set_grad_enabled(grad):
+        y = layer(torch.randn(3, 4))
+    assert y.data_ptr() == made[-1].data_ptr()
+
+
+def test_without_a_gradient_y_takes_it_from_a_gain_for_each_row_too(monkeypatch):
+    layer, made = perturbed(DoRA(LoRA(r=2))), watched_products(monkeypatch, "apply")
+    with torch.no_grad():
+        assert layer(torch.randn(3, 4)).data_ptr() == made[-1].data_ptr()
+
+
+@pytest.mark.parametrize("rows", [1, 24])
+def test_16_bit_gradients_of_a_gain_are_rounded_once(rows):
+    base, delta = DenseBase(drawn(24, 32).bfloat16(), NormCache()), drawn(rows, seed=1).float().requires_grad_()
+    x, dy = drawn(16, 32, seed=2).bfloat16().requires_grad_(), drawn(16, 24, seed=3).bfloat16()
+    factored_linear(x, base, delta).backward(dy)
+    W, gain = base.weight, 1 + delta.detach()
+    assert torch.equal(x.grad, (dy @ W * gain).bfloat16() if rows == 1 else (dy * gain).bfloat16() @ W)
+    true = ((dy @ W).double() * x).sum()[None] if rows == 1 else (dy.double() * (x @ W.mT)).sum(dim=0)
+    torch.testing.assert_close(delta.grad.double(), true, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("spec", [LoRA(r=2), MAP(LoRA(r=2)), DoRA(LoRA(r=2)), MAP(Full())], ids=repr)
+def test_autocast_around_the_backward_alone_changes_nothing(spec):
+    gradients = []
+    for autocast in (False, True):
+        layer, x = perturbed(spec, 24, 32), drawn(16, 32).float().requires_grad_()
+        loss = layer(x).square().sum()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            loss.backward()
+        gradients.append([x.grad, *(p.grad for p in layer.adapter.parameters())])
+    for mine, true in zip(*gradients, strict=True):
+        assert torch.equal(mine, true)
+
+
+@pytest.mark.parametrize("lean", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_base_product_of_a_backward_has_the_autocast_dtype_of_the_forward(dtype, lean, monkeypatch):
+    made = watched_products(monkeypatch, "apply", "apply_t")
+    base = DenseBase(drawn(OUT, IN, seed=9).float(), NormCache())
+    delta, x = torch.full((OUT,), -1.0).requires_grad_(), drawn(T, IN).float().requires_grad_()
+    with torch.autocast("cpu", dtype=dtype):
+        y = factored_linear(x, base, delta, lean=lean)
+    y.float().sum().backward(retain_graph=True)
+    torch.autograd.grad(y.float().square().sum(), x, create_graph=True)
+    assert [product.dtype for product in made] == [dtype] * (4 if lean else 3)
+
+
+def test_the_gradient_of_a_float32_bias_is_not_rounded_under_autocast():
+    layer, dy = perturbed(DoRA(LoRA(r=4)), 64, 48), drawn(32, 64, seed=1).bfloat16()
+    layer.bias.requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        layer(drawn(32, 48).float()).backward(dy)
+    torch.testing.assert_close(layer.bias.grad, dy.float().sum(dim=0), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("parts", [("U", "V"), ("U", "V", "remainder"), ("delta", "U", "V", "remainder")])
+def test_the_sum_is_the_same_whoever_differentiates_it(parts):
+    """Under autocast: autograd's own way (a base that trains), the kernel's, and that without a gradient."""
+    shapes = {"delta": (24,), "U": (24, R), "V": (R, 32), "remainder": (24, 32)}
+    values = {name: drawn(*shapes[name], seed=i).float() for i, name in enumerate(parts)}
+    made = []
+    for who in ("base", "kernel", "none"):
+        base = DenseBase(drawn(24, 32, seed=5).float().requires_grad_(who == "base"), NormCache())
+        x = drawn(16, 32, seed=6).float().requires_grad_(who == "kernel")
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            made.append(factored_linear(x, base, **values))
+    assert torch.equal(made[0], made[1])
+    assert torch.equal(made[1], made[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spec", [LoRA(r=2), DoRA(LoRA(r=2)), SORA(LoRA(r=2)), Full()], ids=repr)
+def test_adapters_may_be_stacked_over_one_base(spec, dtype):
+    """vmap over the adapter's values alone: x Wᵀ has no batch dimension, so nothing is written into it."""
+    layer, x = perturbed(spec, dtype=dtype), drawn(3, 4).to(dtype)
+    one = {f"adapter.{name}": p.detach() for name, p in layer.adapter.named_parameters()}
+    other = {name: 1.5 * value for name, value in one.items()}
+
+    def call(values):
+        return torch.func.functional_call(layer, values, (x,))
+
+    both = torch.func.vmap(call)({name: torch.stack([one[name], other[name]]) for name in one})
+    each = torch.stack([call(one), call(other)])
+    torch.testing.assert_close(both, each, **({} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}))
+
+
+def test_a_rare_dropout_drops_as_often_as_it_says():
+    """At one step of 2^16, one step more would be seen; the factor goes by the steps that were drawn."""
+    torch.manual_seed(0)
+    drop = kernel.Dropout.draw(torch.empty(1).expand(2**11, 2**13), 1.4 * 2**-16, 1)
+    assert drop.p == 2**-16
+    assert abs(int(drop.dropped.sum()) - 2**8) < 6 * 2**4
+
+
+def test_every_element_of_every_sample_is_dropped_by_itself():
+    draw = torch.func.vmap(lambda x: kernel.Dropout.draw(x, 0.5, 1).dropped, randomness="different")
+    assert len(draw(torch.ones(2, 2, 50)).flatten(0, 1).unique(dim=0)) == 4
+
+
+@pytest.mark.parametrize(("block", "count"), [(2**20, 1), (2 * OUT, 4), (1, 7)])
+def test_sums_are_cut_into_blocks(block, count, monkeypatch):
+    monkeypatch.setattr(kernel, "_BLOCK", block)
+    assert len(kernel._blocks(drawn(7, OUT), drawn(7, OUT))) == count
+
+
+@pytest.mark.parametrize("what", ["effective_weight", "delta_weight"])
+def test_dense_weights_are_formed_in_full_precision_under_autocast(what):
+    layer = perturbed(LoRA(r=2))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = getattr(layer, what)()
+    assert torch.equal(inside, getattr(layer, what)())
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+def test_norms_taken_without_a_gradient_take_none_from_later_ones(rotated):
+    gradients = []
+    for before in (False, True):
+        layer, Y = perturbed(LoRA(r=2), dtype=torch.float64), drawn(2, 5, seed=1).requires_grad_()
+        weight = layer.factored_weight()
+        if before:
+            with torch.no_grad():
+                weight.row_norms()
+        weight = weight.rotate(drawn(5, 2), Y) if rotated else weight
+        weight.row_norms().square().sum().backward()
+        gradients.append([p.grad for p in layer.adapter.parameters()])
+    for mine, true in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, true)
+
+
+@pytest.mark.parametrize("spec", [DoRA(MAP(DoRA(LoRA(r=2)))), DoRA(SORA(DoRA(LoRA(r=2))))], ids=repr)
+def test_every_row_of_v_meets_the_base_once(spec, monkeypatch):
+    layer, made = perturbed(spec), watched_products(monkeypatch, "apply")
+    V = layer.factored_weight().V.value
+    assert sum(len(rows) for rows in made) == len(V)

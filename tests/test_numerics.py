@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from adapterzoo import MAP, SORA, AdaLoRA, AdaptedLinear, DoRA, FLoRA, LoRA, PreDiag, factored, wide
+from adapterzoo.base import DenseBase
 from adapterzoo.errors import UnfrozenBaseWarning
+from adapterzoo.kept import NormCache
 
 FACTORED = [LoRA(r=4, alpha=6), AdaLoRA(r=4), FLoRA(r=(4, 3))]
 
@@ -198,3 +200,13 @@ def test_the_first_gradient_of_map_is_of_loras_size():
     size = float(layer.weight.detach().norm())
     assert float(mapped["inner.B"].grad.norm() / plain["B"].grad.norm()) == pytest.approx(100 / size, rel=1e-4)
     assert float(literal["inner.B"].grad.norm() / plain["B"].grad.norm()) == pytest.approx(1e6, rel=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 24])
+def test_wide_products_go_by_row_blocks(rows, monkeypatch):
+    monkeypatch.setattr(wide, "_BLOCK", 32 * rows)
+    draw = torch.Generator().manual_seed(0)
+    W, x, y = (torch.randn(s, generator=draw, dtype=torch.float64) for s in ((24, 32), (2, 5, 32), (2, 5, 24)))
+    base = DenseBase(W.bfloat16(), NormCache())
+    torch.testing.assert_close(base.apply(x), x @ base.weight.double().mT)
+    torch.testing.assert_close(base.apply_t(y), y @ base.weight.double())
