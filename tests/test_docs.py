@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from adapterzoo import registry
+from benchmarks import page as page_of_figures
 
 REPO = Path(__file__).parent.parent
 PAGES = [REPO / "README.md", *sorted((REPO / "docs").rglob("*.md"))]
@@ -50,3 +51,9 @@ def test_the_figure_of_maps_start_shows_what_the_page_says():
     curves = module.curves(steps=150, seeds=1)
     final = {name: float(losses[:, -1].median()) for name, losses in curves.items()}
     assert final[module.DEFAULT] < final[module.LITERAL] / 10, final
+
+
+def test_the_figures_of_the_speed_page_are_those_of_the_results():
+    page = page_of_figures.PAGE.read_text()
+    assert page_of_figures.filled(page) == page
+    assert "<!-- figures:" in page
