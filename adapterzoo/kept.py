@@ -65,10 +65,10 @@ class KeptFactors(Generic[T]):
     """What was built of some tensors, for as long as grad mode is off and none of them has changed.
 
     With grad mode on, everything is built anew, in evaluation too. A change is seen by identity, storage and version of
-    each tensor, and at every step of any torch optimiser, since fused ones leave versions as they were; `bind` is
-    called where none of these tells (train and eval, loading, moving, merging). Nothing is kept of tensors that were
-    not bound (functional_call), of inference tensors, under torch.func, while anything traces, or in the capture of
-    a CUDA graph. A copy or a pickle starts empty and unbound.
+    each tensor, and at every step of any torch optimiser, since fused ones leave versions as they were; `bind` and
+    `clear` are called where none of these tells (train and eval, loading, moving, merging). Nothing is kept of tensors
+    that were not bound (functional_call), of inference tensors, under torch.func, while anything traces, or in the
+    capture of a CUDA graph. A copy or a pickle starts empty and unbound.
     """
 
     def __init__(self) -> None:
@@ -111,23 +111,20 @@ class KeptFactors(Generic[T]):
 
 
 class _Steps:
-    """Counts, as far as anyone asks, the steps that any torch optimiser of the process takes."""
+    """Counts the steps that any torch optimiser of the process takes, from the first time that anyone asks."""
 
     def __init__(self) -> None:
-        self._count, self._stepped, self._hooked = 0, False, False
+        self._count, self._hooked = 0, False
 
     def seen(self) -> int:
         """A number that differs from the last one if an optimiser has stepped since."""
         if not self._hooked:
             register_optimizer_step_post_hook(self._note)
             self._hooked = True
-        if self._stepped:
-            self._count, self._stepped = self._count + 1, False
         return self._count
 
     def _note(self, *arguments: Any) -> None:
-        # A flag and no counter: a compiled optimiser step would be compiled anew for every count that it reads.
-        self._stepped = True
+        self._count += 1
 
 
 _STEPS = _Steps()

@@ -198,8 +198,9 @@ def _differentiable(
     inputs = [alias for alias, want in zip(aliases, wanted, strict=True) if alias is not None and want]
     gradients = iter(torch.autograd.grad(y, inputs, grad, create_graph=True))
     found = [next(gradients) if t is not None and want else None for t, want in pairs]
-    if ctx.needs_input_grad[9]:
-        found[4] = flat(grad).sum(dim=0).to(ctx.bias_dtype)
+    of_bias = Operands._fields.index("bias")
+    if wanted[of_bias]:
+        found[of_bias] = flat(grad).sum(dim=0).to(ctx.bias_dtype)
     return tuple(found)
 
 

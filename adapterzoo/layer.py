@@ -22,6 +22,7 @@ from adapterzoo.factored import FactoredWeight
 from adapterzoo.functional import factored_linear
 from adapterzoo.kept import KeptFactors, NormCache
 from adapterzoo.pieces import Piece, Site
+from adapterzoo.precision import full_precision
 from adapterzoo.support import (
     HOOK_TABLES,
     check_adapter_dtype,
@@ -31,7 +32,6 @@ from adapterzoo.support import (
     guards_fused_paths,
     unsupported,
 )
-from adapterzoo.wide import full_precision
 
 _GONE = "was merged with keep_base=False: its base weight is gone; unload(model, merge=True) makes it a plain layer"
 
@@ -155,7 +155,7 @@ class AdaptedLinear(nn.Module):
         if self.merged:
             self._check_no_gradient_is_lost()
             return F.linear(x, self.weight, self.bias)
-        weight = self._kept_weight()
+        weight = self._factors.get(self.factored_weight)
         return factored_linear(
             x,
             weight.base,
@@ -175,12 +175,6 @@ class AdaptedLinear(nn.Module):
             raise UninitialisedError(self.name)
         with full_precision(self.weight.device.type):
             return self.adapter.weight(self._site())
-
-    def _kept_weight(self) -> FactoredWeight:
-        """As `factored_weight`, but with grad mode off the one of the last call, where nothing has changed."""
-        if torch.is_grad_enabled():
-            return self.factored_weight()
-        return self._factors.get(self.factored_weight)
 
     def effective_weight(self) -> Tensor:
         """W': [out, in], in the weight's dtype, rounded once; differentiable. Dropout is no part of it."""

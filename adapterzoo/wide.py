@@ -1,8 +1,5 @@
 """Sums in float64: by row blocks, or of thin products that keep for the backward only what they were made of."""
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from threading import Lock
 from typing import Any
 
 import torch
@@ -11,9 +8,6 @@ from torch.autograd import forward_ad
 
 _BLOCK = 2**20  # elements of a row block that is widened at a time (8 MiB in float64)
 _CACHED = 2**18  # elements of a row block that a reduction widens in a processor's cache
-_FLAGS = [backend.matmul for backend in (torch.backends.cuda, torch.backends.mkldnn) if hasattr(backend, "matmul")]
-_FLAGS = [flags for flags in _FLAGS if hasattr(flags, "fp32_precision")]
-_FULL = {"highest", "ieee", "none", None}
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:
@@ -28,7 +22,7 @@ def wide(x: Tensor) -> Tensor:
 
 def safe_sqrt(x: Tensor) -> Tensor:
     """√x with the subgradient 0 (not infinity) at 0, and 0 below it."""
-    if torch.compiler.is_compiling() or in_transform():
+    if _takes_plain_form():
         positive = x > 0
         return torch.where(positive, torch.where(positive, x, 1).sqrt(), x.clamp_min(0).detach())
     return _SafeSqrt.apply(x)  # type: ignore[no-any-return, no-untyped-call]
@@ -52,7 +46,7 @@ def row_norms_sq(matrix: Tensor) -> Tensor:
 
 def wide_product(left: Tensor, right: Tensor) -> Tensor:
     """Left @ right: [n, k], [k, m] -> [n, m], in float64."""
-    if torch.compiler.is_compiling() or in_transform():
+    if _takes_plain_form():
         return wide(left) @ wide(right)
     return _WideProduct.apply(left, right)  # type: ignore[no-any-return, no-untyped-call]
 
@@ -70,7 +64,7 @@ def row_squares(
         right: V: [R, in].
         gram: V Vᵀ: [R, R], in float64, taken as known; the gradient through it goes to V all the same.
     """
-    if torch.compiler.is_compiling() or in_transform():
+    if _takes_plain_form():
         return _row_squares(base, gain, projected, left, wide_product(right, right.mT))
     return _RowSquares.apply(base, gain, projected, left, right, gram)  # type: ignore[no-any-return, no-untyped-call]
 
@@ -93,71 +87,8 @@ def in_transform() -> bool:
     return bool(torch._C._are_functorch_transforms_active()) or in_forward_mode()
 
 
-def full_precision(device: str) -> AbstractContextManager[Any]:
-    """Products in the precision of their factors: no autocast, and no TF32 or bfloat16 inside those of float32.
-
-    The second are flags of the process, so other threads see them too. A compiled graph can't switch them: there the
-    user's setting holds.
-    """
-    if torch.compiler.is_compiling():
-        return torch.autocast(device, enabled=False)
-    if torch.is_autocast_enabled(device) or _PRECISION.held or not _FULL.issuperset(_float32_precisions()):
-        return _full_precision(device)
-    return nullcontext()
-
-
-@contextmanager
-def _full_precision(device: str) -> Iterator[None]:
-    with torch.autocast(device, enabled=False):
-        _PRECISION.enter()
-        try:
-            yield
-        finally:
-            _PRECISION.leave()
-
-
-class _Precision:
-    """Full float32 while anyone is inside; the last one out of all threads gives the user's setting back."""
-
-    def __init__(self) -> None:
-        self._lock, self._inside = Lock(), 0
-        self._before: list[str | None] = []
-
-    def enter(self) -> None:
-        with self._lock:
-            if self._inside == 0:
-                self._before = _float32_precisions()
-                if self._before[0] is not None:
-                    torch.set_float32_matmul_precision("highest")
-                for flags in _FLAGS:
-                    flags.fp32_precision = "ieee"
-            self._inside += 1
-
-    def leave(self) -> None:
-        with self._lock:
-            self._inside -= 1
-            if self._inside == 0:
-                legacy, *others = self._before
-                if legacy is not None:
-                    torch.set_float32_matmul_precision(legacy)
-                for flags, precision in zip(_FLAGS, others, strict=True):
-                    flags.fp32_precision = precision
-
-    @property
-    def held(self) -> bool:
-        return self._inside > 0
-
-
-_PRECISION = _Precision()
-
-
-def _float32_precisions() -> list[str | None]:
-    """The process-wide precision of products, then those by backend that newer versions of torch have beside it."""
-    try:
-        legacy = torch.get_float32_matmul_precision()
-    except RuntimeError:  # torch's answer where only the newer flags have been set
-        legacy = None
-    return [legacy, *(flags.fp32_precision for flags in _FLAGS)]
+def _takes_plain_form() -> bool:
+    return torch.compiler.is_compiling() or in_transform()
 
 
 # Note [Functions that keep narrow tensors]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from adapterzoo import MAP, SORA, AdaLoRA, AdaptedLinear, DoRA, FLoRA, Full, LoRA, PreDiag, kernel, wide
+from adapterzoo import MAP, SORA, AdaLoRA, AdaptedLinear, DoRA, FLoRA, Full, LoRA, PreDiag, kernel, precision, wide
 from adapterzoo.base import DenseBase
 from adapterzoo.errors import UnfrozenBaseWarning
 from adapterzoo.functional import factored_linear
@@ -17,6 +17,7 @@ from adapterzoo.kept import NormCache
 
 T, OUT, IN, R = 5, 4, 3, 2
 SIX_DEEP = DoRA(SORA(MAP(PreDiag(DoRA(MAP(LoRA(r=2, alpha=3)))))))
+FULL = {"highest", "ieee", "none", None}  # what torch calls products of float32 in float32
 SHAPES = {"delta": (OUT,), "U": (OUT, R), "V": (R, IN), "bias": (OUT,), "remainder": (OUT, IN)}
 
 
@@ -465,7 +466,7 @@ def test_factors_are_built_in_full_float32(how, monkeypatch):
     seen = []
 
     def state():
-        return wide._float32_precisions()
+        return precision._float32_precisions()
 
     original = DenseBase.apply
 
@@ -478,7 +479,7 @@ def test_factors_are_built_in_full_float32(how, monkeypatch):
         if how == "allow_tf32":
             torch.backends.cuda.matmul.allow_tf32 = True
         elif how == "flags":
-            if not wide._FLAGS:
+            if not precision._FLAGS:
                 pytest.skip("this torch has no flags by backend")
             torch.backends.mkldnn.matmul.fp32_precision = "bf16"
         else:
@@ -487,7 +488,7 @@ def test_factors_are_built_in_full_float32(how, monkeypatch):
         monkeypatch.setattr(DenseBase, "apply", watched)
         layer.factored_weight()
         assert seen
-        assert wide._FULL.issuperset(seen[0])
+        assert FULL.issuperset(seen[0])
         assert state() == users
         seen.clear()
         layer(torch.randn(2, 4))
@@ -498,28 +499,28 @@ def test_factors_are_built_in_full_float32(how, monkeypatch):
         assert state() == users
     finally:
         torch.set_float32_matmul_precision("highest")
-    assert wide._FULL.issuperset(state())
+    assert FULL.issuperset(state())
 
 
 def test_overlapping_threads_give_the_users_precision_back():
     """The first in, the second in, the first out, the second out: the last one restores."""
     torch.set_float32_matmul_precision("high")
     try:
-        users, inside, leave = wide._float32_precisions(), threading.Event(), threading.Event()
+        users, inside, leave = precision._float32_precisions(), threading.Event(), threading.Event()
 
         def other():
-            with wide.full_precision("cpu"):
+            with precision.full_precision("cpu"):
                 inside.set()
                 leave.wait(10)
 
-        with wide.full_precision("cpu"):
+        with precision.full_precision("cpu"):
             thread = threading.Thread(target=other)
             thread.start()
             assert inside.wait(10)
-        assert wide._FULL.issuperset(wide._float32_precisions())  # the other one is still at work
+        assert FULL.issuperset(precision._float32_precisions())  # the other one is still at work
         leave.set()
         thread.join()
-        assert wide._float32_precisions() == users
+        assert precision._float32_precisions() == users
     finally:
         torch.set_float32_matmul_precision("highest")
 

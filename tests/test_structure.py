@@ -18,8 +18,8 @@ REPO = ROOT.parent
 
 # Each room may import only rooms before it; names of rooms are modules or sub-packages of adapterzoo.
 ROOMS = [
-    "errors", "streams", "wide", "kept", "base", "factored", "kernel", "functional", "pieces", "registry", "methods",
-    "conditioning", "compositions", "adapter", "support", "layer", "targets", "plan", "surgery", "ablation",
+    "errors", "streams", "precision", "wide", "kept", "base", "factored", "kernel", "functional", "pieces", "registry",
+    "methods", "conditioning", "compositions", "adapter", "support", "layer", "targets", "plan", "surgery", "ablation",
 ]  # fmt: skip
 # Pieces, and what carries them, never see each other: that is why any wrapper goes with any generator.
 STRANGERS = {
