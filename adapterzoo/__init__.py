@@ -35,5 +35,9 @@ from adapterzoo.surgery import refresh as refresh
 from adapterzoo.surgery import reset_adapters as reset_adapters
 from adapterzoo.surgery import unload as unload
 from adapterzoo.surgery import unmerge as unmerge
+from adapterzoo.training.attach import attach as attach
+from adapterzoo.training.compact import compact as compact
+from adapterzoo.training.compact import ranks as ranks
+from adapterzoo.training.penalty import penalty as penalty
 
 __version__ = "0.1.0"

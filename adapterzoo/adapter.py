@@ -39,15 +39,25 @@ class Adapter(nn.Module):
                 self.register_buffer(name, value)
             else:
                 self.register_parameter(name, nn.Parameter(value))
+        self._full_rank = self._rank()
 
     @property
     def generator(self) -> "Adapter":
         """The innermost adapter: the generator's own parameters, whatever wraps it."""
         return self if self.inner is None else self.inner.generator
 
+    def parts(self) -> list["Adapter"]:
+        """The adapter of every piece, from the outermost wrapper to the generator."""
+        return [self] + ([] if self.inner is None else self.inner.parts())
+
+    def values(self) -> dict[str, Tensor]:
+        """The piece's own parameters and buffers by name: the tensors themselves."""
+        return {name: self._value(name) for name in self.spec.roles}
+
     def reset(self, site: Site) -> None:
         """Set every value of the composition to its initial one, in place."""
         with torch.no_grad():
+            self._take_rank(None)
             for name, value in initial_values(self.spec, replace(site, depth=self.spec.depth)).items():
                 self._value(name).copy_(value)
         if self.inner is not None:
@@ -111,10 +121,27 @@ class Adapter(nn.Module):
             if not errors:  # else the layer has said it
                 errors.append("this adapter belongs to a merged layer and takes no values; unmerge it first")
             return
+        self._take_rank({name: state_dict.get(prefix + name) for name in self.spec.rank_axes})
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         for name in self.spec.roles:  # a file loaded with assign=True brings its own dtypes
             value = self._value(name)
             value.data = value.data.to(self._pinned_dtype(name) or torch.promote_types(value.dtype, torch.float32))
+
+    def _rank(self) -> int | None:
+        """How many ranks the parameters have now; None if they can't be removed."""
+        return next((self._value(name).shape[axis] for name, axis in self.spec.rank_axes.items()), None)
+
+    def _take_rank(self, loaded: Mapping[str, Any] | None) -> None:
+        """Give the parameters the rank of loaded values, which may have been compacted; the full rank without any."""
+        axes = self.spec.rank_axes
+        wanted = {self._full_rank} if loaded is None else {_size(loaded[name], axis) for name, axis in axes.items()}
+        rank = wanted.pop() if len(wanted) == 1 else None
+        if rank is None or self._full_rank is None or rank > self._full_rank or rank == self._rank():
+            return  # values that don't fit at all are torch's to report
+        for name, axis in axes.items():
+            value = self._value(name)
+            shape = [rank if i == axis else size for i, size in enumerate(value.shape)]
+            value.data, value.grad = value.detach().new_zeros(shape), None  # the same object: an optimiser may hold it
 
     def _value_and_grad(self, name: str) -> list[Tensor]:
         value = self._value(name)
@@ -124,3 +151,7 @@ class Adapter(nn.Module):
         """The piece and the shapes of its own parameters."""
         shapes = ", ".join(f"{name}: {list(self._value(name).shape)}" for name in self.spec.roles)
         return f"{type(self.spec).__name__}, {shapes}"
+
+
+def _size(value: Any, axis: int) -> int | None:
+    return value.shape[axis] if isinstance(value, Tensor) and value.dim() > axis else None

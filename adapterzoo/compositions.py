@@ -1,5 +1,7 @@
 """Named compositions: what the literature gives a name of its own, as thin functions that return a spec."""
 
+from typing import Any
+
 from adapterzoo.conditioning import MAP, SORA, PreDiag
 from adapterzoo.methods import AdaLoRA, FLoRA, LoRA
 from adapterzoo.registry import composition
@@ -21,18 +23,18 @@ def LoMAP(r: int = 8, alpha: float | None = None, dropout: float = 0.0) -> MAP:
 
 
 @composition
-def AdaLoMAP(r: int = 8, alpha: float | None = None, dropout: float = 0.0) -> MAP:
-    """MAP over AdaLoRA.
+def AdaLoMAP(r: int = 8, alpha: float | None = None, target_r: int | None = None, **schedule: Any) -> MAP:
+    """MAP over AdaLoRA; `schedule` takes AdaLoRA's other options: t_init, t_final, delta_t, dropout, ...
 
     Example:
         >>> from adapterzoo import AdaLoMAP
-        >>> AdaLoMAP(r=4)
-        MAP(AdaLoRA(r=4))
+        >>> AdaLoMAP(r=4, target_r=2)
+        MAP(AdaLoRA(r=4, target_r=2))
 
     Source:
         arXiv 2505.23094, Table 4.
     """
-    return MAP(AdaLoRA(r=r, alpha=alpha, dropout=dropout))
+    return MAP(AdaLoRA(r=r, alpha=alpha, target_r=target_r, **schedule))
 
 
 @composition

@@ -95,6 +95,14 @@ class UnfrozenBaseWarning(UserWarning):
     """The base weight of an adapted layer trains, so its norms are computed anew, with gradient, at every call."""
 
 
+class UnattendedWarning(UserWarning):
+    """An optimiser trains pieces that need something done at every step, and nobody does it."""
+
+
+class TrainingError(AdapterError, RuntimeError):
+    """A training set-up that can't do what the pieces of the model need. Nothing was changed."""
+
+
 def where(layer: str) -> str:
     """Name a layer in a sentence."""
     return f"layer {layer!r}" if layer else "this layer"

@@ -32,6 +32,7 @@ from adapterzoo.support import (
     guards_fused_paths,
     unsupported,
 )
+from adapterzoo.watch import WATCH
 
 _GONE = "was merged with keep_base=False: its base weight is gone; unload(model, merge=True) makes it a plain layer"
 
@@ -110,7 +111,7 @@ class AdaptedLinear(nn.Module):
         self.__dict__["base"] = base  # kept, but no submodule: its parameters are this layer's own
         self._parameters = base._parameters
         with frozen(base):  # so that the norms that initial values need are kept
-            adapter = Adapter(spec, self._site(), adapter_dtype)
+            adapter = Adapter(spec, self.site(), adapter_dtype)
         for table in HOOK_TABLES:
             self.__dict__[table] = base.__dict__[table]
         self._is_full_backward_hook = base._is_full_backward_hook
@@ -122,6 +123,7 @@ class AdaptedLinear(nn.Module):
         self._file_had_whole_adapter = False
         self._factors.bind([(self._parameters, "weight"), *adapter.places()])
         self.train(base.training)
+        WATCH.see(self)
 
     @property
     def spec(self) -> Piece:
@@ -174,7 +176,7 @@ class AdaptedLinear(nn.Module):
         if not self._initialised:
             raise UninitialisedError(self.name)
         with full_precision(self.weight.device.type):
-            return self.adapter.weight(self._site())
+            return self.adapter.weight(self.site())
 
     def effective_weight(self) -> Tensor:
         """W': [out, in], in the weight's dtype, rounded once; differentiable. Dropout is no part of it."""
@@ -273,7 +275,7 @@ class AdaptedLinear(nn.Module):
         if self._on_meta():
             self.adapter.to_empty(device=self.weight.device)
         self.refresh()
-        self.adapter.reset(self._site())
+        self.adapter.reset(self.site())
         self._initialised = True
 
     def check_resettable(self) -> None:
@@ -293,7 +295,8 @@ class AdaptedLinear(nn.Module):
         self._factors.clear()
         return super().train(mode)
 
-    def _site(self) -> Site:
+    def site(self) -> Site:
+        """What the pieces may know of this layer, as it is now: what initial values and norms are made of."""
         weight = self._base_weight()
         if weight.requires_grad and not self._warned:
             self._warned = True
@@ -362,6 +365,7 @@ class AdaptedLinear(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.disabled = False  # a copy that is made inside `disabled(model)` is made to last
         self.refresh()
+        WATCH.see(self)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As every module does; a new weight has new norms."""

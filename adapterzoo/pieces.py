@@ -14,6 +14,7 @@ from torch import Tensor
 from adapterzoo.base import Base
 from adapterzoo.errors import PieceError, SpecError, did_you_mean, where
 from adapterzoo.factored import FactoredWeight, RightFactor
+from adapterzoo.rules import StepRule
 from adapterzoo.streams import stream
 from adapterzoo.wide import safe_sqrt
 
@@ -144,6 +145,9 @@ class Piece(BaseModel):
     always_shown: ClassVar[frozenset[str]] = frozenset()
     """Fields that `repr` shows also where they have their default."""
 
+    rank_axes: ClassVar[Mapping[str, int]] = {}
+    """The axis of each parameter that the rank runs along, for a piece whose ranks can be removed."""
+
     def __init__(self, /, *args: Any, **fields: Any) -> None:
         name = type(self).__name__
         if args:
@@ -167,6 +171,23 @@ class Piece(BaseModel):
     @abstractmethod
     def init(self, site: Site) -> Mapping[str, Tensor]:
         """Make the parameters' initial values, by the names in `roles`."""
+
+    def penalty(self, params: Parameters, siblings: int) -> Tensor | None:
+        """A term [] of the loss besides the task's, from this piece's own parameters; None if there is none.
+
+        Args:
+            params: the parameters' values.
+            siblings: how many pieces of this class the model has, itself included, for penalties that are means.
+        """
+        return None
+
+    def step_rule(self) -> StepRule | None:
+        """What has to be done after every step of the optimiser; None if nothing. Equal rules are run together."""
+        return None
+
+    def kept_ranks(self, params: Parameters) -> Tensor:
+        """Which ranks a compaction has to keep, for a piece with `rank_axes`: [r], bool. The others add nothing."""
+        raise NotImplementedError(f"{type(self).__name__} has rank_axes, so it has to define kept_ranks")
 
     def shown_fields(self) -> dict[str, Any]:
         """The fields that `repr` shows: without them the spec would be another one, or they are always shown."""
@@ -236,6 +257,15 @@ class Wrapper(Piece):
     @abstractmethod
     def condition(self, inner: FactoredWeight, params: Parameters, site: Site) -> FactoredWeight:
         """f(W, W_inner; φ) in normal form, from the inside's normal form and the parameters' values."""
+
+    def held_magnitudes(self, inner: FactoredWeight, params: Parameters, site: Site) -> Mapping[str, Tensor]:
+        """For a gain m / n with a norm n of the inside: m n / n₀ by name, n₀ the value of n now, a constant.
+
+        With these in the place of its magnitudes the piece's gains stay as they are, whatever the inside does, and it
+        is linear in the update. Importance is measured so (docs/training.md). A piece whose gains follow no norm of
+        its inside, or take it as a constant for the gradient, has none.
+        """
+        return {}
 
 
 def check_is_spec(value: object, what: str) -> Piece:
@@ -343,10 +373,12 @@ def _sentences(kind: type[Piece], fields: Mapping[str, Any], error: ValidationEr
         field = str(item["loc"][0]) if item["loc"] else ""
         if item["type"] == "extra_forbidden":
             found[f"no field {field!r}"] = [f"its fields are {', '.join(known)}{did_you_mean(field, known)}"]
+        elif not field:
+            found[item["msg"].removeprefix("Value error, ")] = []
         else:
             described = kind.model_fields[field].description if field in kind.model_fields else None
             valid = described or item["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
             found.setdefault(f"{field}={fields.get(field)!r} is not valid", []).append(f"it should be {valid}")
     return f"{kind.__name__}: " + "; ".join(
-        f"{what}: {', or '.join(dict.fromkeys(why))}" for what, why in found.items()
+        f"{what}: {', or '.join(dict.fromkeys(why))}" if why else what for what, why in found.items()
     )

@@ -47,7 +47,8 @@ def lora(W, inner, p, o):
 
 
 def adalora(W, inner, p, o):
-    return product(o["alpha"] / o["r"] * p["P"], torch.diag(p["lam"] * p["mask"]), p["Q"])
+    passed = p["lam"] - (p["lam"] * (1 - p["mask"])).detach()  # the gradient of λ passes the mask
+    return product(o["alpha"] / o["r"] * p["P"], torch.diag(passed), p["Q"])
 
 
 def flora(W, inner, p, o):

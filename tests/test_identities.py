@@ -19,7 +19,7 @@ ORDINARY = ("plain", "zero rows", "duplicate rows", "rank one")
 def wrapped(case: Case, wrap) -> tuple[AdaptedLinear, torch.Tensor, torch.Tensor]:
     """The perturbed layer of wrap(case.spec), its effective weight, and the weight of its inside."""
     layer = layer_of(Case(**{**vars(case), "spec": wrap(case.spec)}))
-    inside = layer.adapter.inner.weight(layer._site()).dense()
+    inside = layer.adapter.inner.weight(layer.site()).dense()
     return layer, layer.effective_weight().detach(), inside.detach()
 
 
@@ -100,8 +100,8 @@ def test_the_inverse_rotation_gives_the_inside_back(case, name, rank):
     with torch.no_grad():
         outer.C.copy_(first.D)
         outer.D.copy_(first.C)
-        once = first.weight(layer._site()).dense()
-        before = first.inner.weight(layer._site()).dense()
+        once = first.weight(layer.site()).dense()
+        before = first.inner.weight(layer.site()).dense()
     assert_close(layer.effective_weight(), before, 1e-11)
     if case.out > 1 and before.any():
         assert not torch.allclose(once, before, rtol=1e-6)
@@ -276,7 +276,7 @@ def test_gradcheck_and_second_derivatives_of_the_kernel():
     draw = torch.Generator().manual_seed(0)
     shapes = [(2, 3), (4,), (4, 2), (2, 3), (4,)]
     inputs = [torch.randn(s, generator=draw, dtype=torch.float64).requires_grad_() for s in shapes]
-    base = layer._site().base
+    base = layer.site().base
 
     def call(x, delta, U, V, bias):
         return factored_linear(x, base, delta, U, V, bias)

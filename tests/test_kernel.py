@@ -435,7 +435,7 @@ def test_a_trained_base_gets_its_gradient_though_someone_asked_under_no_grad():
     layer.adapter.requires_grad_(False)
     layer.weight.requires_grad_()
     with pytest.warns(UnfrozenBaseWarning):
-        site = layer._site()
+        site = layer.site()
     gradients = []
     for asks in (False, True):
         inside = layer.adapter.inner.weight(site)

@@ -720,7 +720,7 @@ def test_a_seed_is_the_number_that_it_is():
 
 
 def test_streams_are_many_and_meta_layers_draw_nothing(monkeypatch):
-    site = layer_of()._site()
+    site = layer_of().site()
     seeds = {replace(site, layer=str(i))._stream("A").initial_seed() for i in range(2000)}
     assert len(seeds) == 2000
     values = site.kaiming_uniform("A", 10_000, fan=3).abs().max()

@@ -67,7 +67,7 @@ def merge_forgets_the_identity_of_the_rotation(patch):  # the published SORA: P 
     def without_identity(self):
         weight = self.effective_weight()
         if isinstance(self.spec, SORA):
-            weight = weight - self.adapter.inner.weight(self._site()).dense()
+            weight = weight - self.adapter.inner.weight(self.site()).dense()
         return weight
 
     merge_with(patch, without_identity)
@@ -129,7 +129,7 @@ def a_magnitude_starts_again_on_load(patch):  # the third-party LoMAP: alpha set
 
     def forgetful(self):
         if getattr(self, "_forgets", False):
-            own = Site(self._site().base, self._site().dtype, depth=self.spec.depth)
+            own = Site(self.site().base, self.site().dtype, depth=self.spec.depth)
             with torch.no_grad():
                 for name, value in initial_values(self.spec, own).items():
                     if name in ("alpha", "magnitude"):

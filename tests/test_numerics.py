@@ -68,7 +68,7 @@ def test_bf16_rounds_its_output_once():
 def test_row_norms_over_a_bf16_weight_are_good_to_1e_5(spec, monkeypatch):
     monkeypatch.setattr(wide, "_BLOCK", 96 * 7)  # several row blocks, the last one shorter
     layer = perturbed(spec, 64, 96, torch.bfloat16, strength=0.3)
-    inside = layer.adapter.inner.weight(layer._site())
+    inside = layer.adapter.inner.weight(layer.site())
     exact = (layer.weight.double() + (inside.dense() - layer.weight.float()).double()).norm(dim=1)
     torch.testing.assert_close(inside.row_norms().double(), exact, rtol=1e-5, atol=0)
 
@@ -96,7 +96,7 @@ def test_norms_of_cancelling_sums_lose_no_more_than_they_must(rank, cols, seed, 
     V = torch.randn(rank, cols, generator=draw)
     W = -U @ V * (1 - left)
     layer = AdaptedLinear(nn.Linear(cols, out, bias=False), DoRA(LoRA(r=min(rank, out))))
-    site = layer._site()
+    site = layer.site()
     layer.weight.data.copy_(W)
     layer.refresh()
     inside = site.low_rank(U, V)
@@ -153,7 +153,7 @@ def test_a_trainable_16_bit_weight_gets_its_gradient_through_norms():
     layer.weight.requires_grad_()
     pull = torch.randn(12, generator=torch.Generator().manual_seed(3))
     with pytest.warns(UnfrozenBaseWarning):
-        norms = layer.adapter.inner.weight(layer._site()).row_norms()
+        norms = layer.adapter.inner.weight(layer.site()).row_norms()
     (norms * pull).sum().backward()
     W = layer.weight.detach().double().requires_grad_()
     C, D = layer.adapter.inner.C.detach().double(), layer.adapter.inner.D.detach().double()

@@ -18,8 +18,9 @@ REPO = ROOT.parent
 
 # Each room may import only rooms before it; names of rooms are modules or sub-packages of adapterzoo.
 ROOMS = [
-    "errors", "streams", "precision", "wide", "kept", "base", "factored", "kernel", "functional", "pieces", "registry",
-    "methods", "conditioning", "compositions", "adapter", "support", "layer", "targets", "plan", "surgery", "ablation",
+    "errors", "streams", "precision", "wide", "kept", "base", "factored", "kernel", "functional", "sharded", "rules",
+    "pieces", "registry", "methods", "conditioning", "compositions", "adapter", "support", "watch", "layer", "targets",
+    "plan", "surgery", "training", "ablation",
 ]  # fmt: skip
 # Pieces, and what carries them, never see each other: that is why any wrapper goes with any generator.
 STRANGERS = {
@@ -27,7 +28,7 @@ STRANGERS = {
     "conditioning": {"methods"},
     **{
         room: {"methods", "conditioning", "compositions"}
-        for room in ("adapter", "support", "layer", "targets", "plan", "surgery")
+        for room in ("adapter", "support", "watch", "layer", "targets", "plan", "surgery")
     },
 }
 
@@ -72,10 +73,13 @@ def test_no_piece_is_named_where_all_pieces_are_served():
         "targets",
         "plan",
         "surgery",
+        "rules",
+        "watch",
+        "training",
     ):
-        tree = ast.parse((ROOT / f"{room}.py").read_text())
-        used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-        assert not used & names, f"{room}.py names {used & names}"
+        for path in [*ROOT.glob(f"{room}.py"), *(ROOT / room).glob("*.py")]:
+            used = {node.id for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Name)}
+            assert not used & names, f"{path.name} names {used & names}"
 
 
 PROBE = """

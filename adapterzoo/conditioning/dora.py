@@ -53,3 +53,10 @@ class DoRA(Wrapper):
         gain = params.magnitude / torch.where(lives, norms, torch.inf)
         stays = (~lives & (site.base.row_norms_sq() == 0)).to(gain.dtype)
         return inner.mix(gain + stays, gain)
+
+    def held_magnitudes(self, inner: FactoredWeight, params: Parameters, site: Site) -> Mapping[str, Tensor]:
+        """m in proportion to n, where the gradient knows n."""
+        if self.detach_norm:
+            return {}
+        norms = inner.row_norms()
+        return {"magnitude": params.magnitude * torch.where(norms > 0, norms / norms.detach(), 1)}

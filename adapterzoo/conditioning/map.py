@@ -59,9 +59,18 @@ class MAP(Wrapper):
         """δ ← (a − 1) + b δ, U ← b U with a = α / ‖W‖_F, b = β / max(‖Δ‖_F, floor)."""
         size = site.frobenius_norm()
         lives = size > 0
-        size = torch.where(lives, size, 1)
-        base_gain = torch.where(lives, params.alpha / size, 1)
-        floor = torch.full_like(size, _LITERAL_FLOOR) if self.floor == "literal" else self.floor * size
-        floor = wide(floor.clamp_min(torch.finfo(size.dtype).tiny))
-        update_gain = wide(params.beta) / torch.maximum(inner.update_norm(), floor)
+        base_gain = torch.where(lives, params.alpha / torch.where(lives, size, 1), 1)
+        update_gain = wide(params.beta) / self._length(inner, site)
         return inner.mix(base_gain, update_gain.to(size.dtype))
+
+    def held_magnitudes(self, inner: FactoredWeight, params: Parameters, site: Site) -> Mapping[str, Tensor]:
+        """β in proportion to ‖Δ‖_F; below the floor as it is."""
+        length = self._length(inner, site)
+        return {"beta": (params.beta * (length / length.detach())).to(params.beta.dtype)}
+
+    def _length(self, inner: FactoredWeight, site: Site) -> Tensor:
+        """max(‖Δ‖_F, floor): [1], in float64."""
+        size = site.frobenius_norm()
+        size = torch.where(size > 0, size, 1)
+        floor = torch.full_like(size, _LITERAL_FLOOR) if self.floor == "literal" else self.floor * size
+        return torch.maximum(inner.update_norm(), wide(floor.clamp_min(torch.finfo(size.dtype).tiny)))

@@ -1,0 +1,71 @@
+"""What every torch optimiser has in common: wrappers around it, closures, loss scales, steps that are none."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from adapterzoo.errors import TrainingError
+
+Hook = Callable[..., Any]
+
+
+def plain_optimizer(optimizer: Any) -> Optimizer:
+    """The torch optimiser inside whatever a trainer has wrapped around it (accelerate, Lightning).
+
+    Raises:
+        TrainingError: there is none inside.
+    """
+    seen = optimizer
+    while isinstance(getattr(seen, "optimizer", None), Optimizer):
+        seen = seen.optimizer
+    if not isinstance(seen, Optimizer):
+        raise TrainingError(f"a torch.optim.Optimizer is needed, or a wrapper of one; got {type(optimizer).__name__}")
+    return seen
+
+
+def before_every_step(optimizer: Optimizer, prepare: Callable[[], Any]) -> Any:
+    """Call `prepare` whenever gradients are ready: before a step, or after each evaluation of the step's closure.
+
+    `prepare` returns what it adds to the loss, or None; a closure's value then has it too.
+
+    Returns:
+        The handle that removes the hook.
+    """
+
+    def hook(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            prepare()
+            return None
+
+        def closure_and_more() -> Any:
+            loss = closure()
+            more = prepare()
+            return loss if loss is None or more is None else loss + more
+
+        if len(args) > 1:
+            return (args[0], closure_and_more, *args[2:]), kwargs
+        return args, {**kwargs, "closure": closure_and_more}
+
+    return optimizer.register_step_pre_hook(hook)
+
+
+def is_blank(optimizer: Optimizer) -> bool:
+    """Whether a step is none: torch's distributed checkpoints take one with lr 0 and zero gradients, to make state."""
+    if any(group["lr"] != 0 for group in optimizer.param_groups if "lr" in group):
+        return False
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    return not any(bool(grad.any()) for grad in grads)
+
+
+def loss_scale(optimizer: Optimizer) -> torch.Tensor | None:
+    """What gradients are still multiplied by in a step: a GradScaler leaves it to fused optimisers to divide."""
+    return getattr(optimizer, "grad_scale", None)
+
+
+def was_skipped(optimizer: Optimizer) -> bool:
+    """Whether a fused optimiser has left everything as it was, since a GradScaler found gradients that are infinite."""
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found)
