@@ -7,7 +7,7 @@ THREADS ?= 2
 BENCH ?=
 QUICK ?=
 
-.PHONY: help setup test test-long check format demo figures bench clean
+.PHONY: help setup test test-long check format demo figures bench study clean
 
 help:
 	@echo "make demo       a small real ablation: 17 cells on scikit-learn's digits, about 3 minutes"
@@ -16,6 +16,7 @@ help:
 	@echo "make check      format, lint, types, doctests"
 	@echo "make figures    the pictures of docs/"
 	@echo "make bench      speed and memory against PEFT, about 25 minutes; QUICK=1: 3; BENCH=linear_step: one claim"
+	@echo "make study      AdaLoRA's ranks on MiniLM, about an hour; goes on where it was stopped"
 
 setup: $(VENV)/.ready
 
@@ -48,6 +49,9 @@ figures: $(VENV)/.ready
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks $(BENCH) --threads $(THREADS) $(if $(QUICK),--quick)
+
+study: $(VENV)/.ready
+	$(BIN)/python -m studies ranks
 
 # The peers, PEFT and Transformers, beside what the tests need.
 $(VENV)/.bench: $(VENV)/.ready

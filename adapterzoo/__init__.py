@@ -38,6 +38,8 @@ from adapterzoo.surgery import unmerge as unmerge
 from adapterzoo.training.attach import attach as attach
 from adapterzoo.training.compact import compact as compact
 from adapterzoo.training.compact import ranks as ranks
+from adapterzoo.training.groups import param_groups as param_groups
 from adapterzoo.training.penalty import penalty as penalty
+from adapterzoo.training.stages import stages as stages
 
 __version__ = "0.1.0"

@@ -141,7 +141,7 @@ class Adapter(nn.Module):
         for name, axis in axes.items():
             value = self._value(name)
             shape = [rank if i == axis else size for i, size in enumerate(value.shape)]
-            value.data, value.grad = value.detach().new_zeros(shape), None  # the same object: an optimiser may hold it
+            reshape(value, value.detach().new_zeros(shape), None)
 
     def _value_and_grad(self, name: str) -> list[Tensor]:
         value = self._value(name)
@@ -151,6 +151,18 @@ class Adapter(nn.Module):
         """The piece and the shapes of its own parameters."""
         shapes = ", ".join(f"{name}: {list(self._value(name).shape)}" for name in self.spec.roles)
         return f"{type(self.spec).__name__}, {shapes}"
+
+
+# Note [Another shape for the same parameter]
+# An optimiser may hold a parameter, so it stays the same object. But autograd remembers its shape for as long as any
+# earlier loss is alive, and would hand the next gradient over in that shape, summed or refused. Data of another dtype
+# makes it forget (torch/csrc/autograd/variable.cpp, set_data).
+def reshape(value: Tensor, data: Tensor, grad: Tensor | None) -> None:
+    """Give a parameter or buffer data of another shape, and a gradient that fits it."""
+    value.grad = None
+    value.data = value.data.to(torch.float64 if value.dtype != torch.float64 else torch.float32)
+    value.data = data
+    value.grad = grad
 
 
 def _size(value: Any, axis: int) -> int | None:

@@ -99,6 +99,14 @@ class UnattendedWarning(UserWarning):
     """An optimiser trains pieces that need something done at every step, and nobody does it."""
 
 
+class UnfinishedWarning(UserWarning):
+    """A training ended, or gave back a model, before what its pieces do over the steps had come to its end."""
+
+
+class ImportanceWarning(UserWarning):
+    """Importance under a normalising wrapper is measured without what it needs, so it means less."""
+
+
 class TrainingError(AdapterError, RuntimeError):
     """A training set-up that can't do what the pieces of the model need. Nothing was changed."""
 

@@ -385,6 +385,14 @@ class AdaptedLinear(nn.Module):
         if self.merged:
             errors.append(f"{where(self.name)} is merged and takes no values; unmerge it before loading")
             return
+        # Trainers load with strict=False, and drop what is unexpected without a word.
+        found = {key.removeprefix(f"{prefix}adapter.") for key in state_dict if key.startswith(f"{prefix}adapter.")}
+        own = self.adapter.state_dict().keys()
+        if not found <= own:
+            errors.append(
+                f"{where(self.name)} has an adapter with {', '.join(sorted(own))}, and the file one with "
+                f"{', '.join(sorted(found))}: that is another composition than {self.spec!r}"
+            )
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         self._file_had_whole_adapter = all(
             f"{prefix}adapter.{name}" in state_dict for name in self.adapter.state_dict()

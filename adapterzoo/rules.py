@@ -31,6 +31,10 @@ class Member:
     memory: Mapping[str, dict[str, Any]] = field(default_factory=dict)
 
 
+Report = Mapping[str, Tensor | float]
+"""Numbers worth showing, by name; those of several rules are summed."""
+
+
 class StepRule(ABC):
     """What has to be done after every step of the optimiser. Pieces with equal rules are handled together.
 
@@ -41,19 +45,26 @@ class StepRule(ABC):
         """Say why this rule can't run over that many steps; None if it can."""
         return None
 
+    def begin(self, members: Sequence[Member]) -> None:
+        """Make what `memory` will hold, at its start, where the optimiser's state has begun without a step.
+
+        torch's distributed checkpoints load only what is there already.
+        """
+        return
+
     @abstractmethod
-    def step(self, members: Sequence[Member], step: int, total_steps: int) -> Mapping[str, Tensor | float]:
+    def step(self, members: Sequence[Member], step: int, total_steps: int) -> Report:
         """Do the work after a step; called without gradients.
 
         Args:
-            members: every piece with this rule, in the order of the model's layers.
+            members: every piece with this rule that trains, in the order of the model's layers.
             step: how many steps the optimiser has taken, this one included.
             total_steps: how many it is going to take.
 
         Returns:
-            Numbers worth showing, by name.
+            Numbers worth showing.
         """
 
     def finished(self, step: int, total_steps: int) -> bool:
-        """Whether nothing is going to change any more after so many steps."""
+        """Whether the rule needs no gradients any more, and nothing is going to change, after so many steps."""
         return step >= total_steps

@@ -10,6 +10,8 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 import adapterzoo as az
 from adapterzoo import MAP, SORA, AdaLoRA, AdaptedLinear, DoRA, LoRA, PreDiag
@@ -152,6 +154,34 @@ def test_attaching_after_loading_is_the_same():
     assert same(Run(ADA).go(0, 14).saved(), again)
 
 
+@pytest.mark.parametrize("total", [7, 8, 11, 30])
+def test_going_on_with_another_number_of_steps_never_brings_ranks_back_and_ends_on_the_target(total):
+    state = Run(ADA).go(0, 4).saved()  # of 14
+    resumed = Run(ADA, total=total).load(state)
+    before = sum(az.ranks(resumed.model).values())
+    assert before == 5
+    for t in range(4, total):
+        resumed.go(t, t + 1)
+        now = sum(az.ranks(resumed.model).values())
+        assert now <= before
+        before = now
+    assert before == 4
+
+
+def test_a_new_optimiser_leaves_final_ranks_as_they_are():
+    run = Run(ADA).go(0, 14)
+    ranks = az.ranks(run.model)
+    optimiser = torch.optim.AdamW(trained(run.model), lr=1e-2)
+    run.attachment.detach()
+    az.attach(run.model, optimiser, total_steps=14)
+    for t in range(14):
+        optimiser.zero_grad()
+        loss_of(run.model, t).backward()
+        optimiser.step()
+        assert sum(az.ranks(run.model).values()) == 4
+    assert len(ranks) == 2
+
+
 # Closures, loss scales, accumulation, steps that are none.
 
 
@@ -260,6 +290,16 @@ def test_a_step_with_no_rate_and_no_gradient_is_none():
     loss_of(run.model, 0).backward()
     run.optimiser.step()
     assert run.attachment.step == 1
+
+
+def test_a_step_without_any_gradient_is_none():
+    """Lightning takes one where `training_step` returns None."""
+    run = Run(ADA)
+    before = copy.deepcopy(run.model.state_dict())
+    for _ in range(14):
+        run.optimiser.step()
+    assert run.attachment.step == 0
+    assert same(before, dict(run.model.state_dict()))
 
 
 # The penalty.
@@ -385,24 +425,57 @@ def test_what_can_not_be_attached_is_said_all_at_once():
         az.attach(model, trained(model), total_steps=10)
     with pytest.raises(TrainingError, match="no adapted layer"):
         az.attach(nn.Linear(2, 2), optimiser, total_steps=10)
-    first = az.attach(model, optimiser, total_steps=10)
-    with pytest.raises(TrainingError, match="attached already"):
-        az.attach(model, optimiser, total_steps=10)
-    first.detach()
+    with pytest.raises(TrainingError, match="every adapter of this Model is frozen"):
+        az.attach(Model(ADA).requires_grad_(False), optimiser, total_steps=10)
     az.merge(model)
     with pytest.raises(TrainingError, match="merged and can't be trained"):
         az.attach(model, optimiser, total_steps=10)
     az.unmerge(model)
     with az.attach(model, optimiser, total_steps=10) as attachment:
         assert attachment.step == 0
-    az.attach(model, optimiser, total_steps=10)
+    attachment = az.attach(model, optimiser, total_steps=10)
+    with pytest.raises(TrainingError, match=r"attached already, to .* not in this model \(body\.0, body\.3"):
+        az.attach(Model(ADA), optimiser, total_steps=10)
+    attachment.detach()
+
+
+def test_an_optimiser_that_can_not_be_saved_with_what_is_remembered_is_refused():
+    class Sharding(torch.optim.SGD):
+        def consolidate_state_dict(self):
+            """As torch's ZeroRedundancyOptimizer has it."""
+
+    model = Model(ADA)
+    with pytest.raises(TrainingError, match="a Sharding keeps its state in an optimiser of its own"):
+        az.attach(model, Sharding(trained(model), lr=0.1), total_steps=10)
+
+
+def test_a_later_attachment_takes_the_place_of_an_earlier_one():
+    """A cell of a notebook that is run twice; a callback beside a call."""
+    run = Run(MAP(ADA))
+    earlier = run.attachment
+    run.attachment = az.attach(run.model, run.optimiser, total_steps=14)
+    earlier.detach()  # once more does nothing to the later one
+    assert same(Run(MAP(ADA)).go(0, 14).saved(), Run(MAP(ADA)).go(0, 14).saved())
+    torch.manual_seed(0)
+    again = Run(MAP(ADA))
+    again.attachment = az.attach(again.model, again.optimiser, total_steps=14)
+    once = Run(MAP(ADA)).go(0, 14).saved()
+    torch.manual_seed(0)
+    twice = Run(MAP(ADA))
+    az.attach(twice.model, twice.optimiser, total_steps=14)
+    assert same(once, twice.go(0, 14).saved())
+    other = torch.optim.AdamW(trained(twice.model), lr=1e-3)
+    az.attach(twice.model, other, total_steps=14)
+    assert not twice.optimiser._optimizer_step_pre_hooks
 
 
 def test_detaching_takes_every_hook_off():
     run = Run(ADA)
     run.attachment.detach()
     before = copy.deepcopy([g.mask for g in (run.model.body[0].adapter, run.model.body[3].adapter)])
-    run.go(0, 12)
+    with pytest.warns(UnattendedWarning):  # before the end, nobody attends
+        run.go(0, 1)
+    run.go(1, 12)
     assert run.attachment.step == 0
     assert same(before, [run.model.body[0].adapter.mask, run.model.body[3].adapter.mask])
     assert not run.optimiser._optimizer_step_pre_hooks
@@ -423,6 +496,245 @@ def test_a_model_that_needs_nothing_may_be_attached():
     assert same(dict(plain.state_dict()), dict(attached.state_dict()))
     assert attachment.step == 3
     assert attachment.finished
+
+
+def warned(step):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        step()
+    return [item for item in caught if issubclass(item.category, UnattendedWarning)]
+
+
+def test_another_optimiser_than_the_attached_one_is_warned_of():
+    run = Run(ADA)
+    other = torch.optim.SGD(trained(run.model), lr=0.1)
+    loss_of(run.model, 0).backward()
+    assert not warned(run.optimiser.step)
+    assert len(warned(other.step)) == 1
+    assert not warned(other.step)
+
+
+def test_an_optimiser_around_the_attached_one_is_fine_and_one_around_another_is_not():
+    class Around(torch.optim.Optimizer):
+        def __init__(self, base):
+            super().__init__(base.param_groups, {})
+            self.base, self.param_groups, self.state = base, base.param_groups, base.state
+
+        def step(self, closure=None):
+            return self.base.step(closure)
+
+    for attach_outer in (True, False):
+        model = Model(ADA)
+        base = torch.optim.AdamW(trained(model), lr=1e-2)
+        outer = Around(base)
+        attachment = az.attach(model, outer if attach_outer else base, total_steps=14)
+        loss_of(model, 0).backward()
+        assert not warned(outer.step)
+        assert attachment.step == 1
+
+
+def test_training_goes_on_after_all_is_done_and_nobody_warns():
+    run = Run(ADA).go(0, 14)
+    run.attachment.detach()
+    run.go(14, 16)
+
+
+# Parts that are frozen, asleep, or not held.
+
+
+@pytest.mark.parametrize("spec", [ADA, MAP(ADA)], ids=repr)
+def test_a_frozen_adapter_is_left_as_it_is(spec):
+    """Its triplets are not pruned for want of a gradient, and the budget is that of the others."""
+    run = Run(spec)
+    frozen = run.model.body[3].adapter.generator
+    with torch.no_grad():
+        frozen.lam.fill_(1.0)
+    for parameter in frozen.parameters():
+        parameter.requires_grad_(False)
+    before = copy.deepcopy(frozen.state_dict())
+    run.go(0, 14)
+    assert same(before, dict(frozen.state_dict()))
+    assert az.ranks(run.model) == {"body.0": 2, "body.3": 4}
+
+
+def test_what_the_optimiser_does_not_hold_is_left_alone():
+    model = Model(ADA)
+    frozen = model.body[3].adapter
+    frozen.requires_grad_(False)
+    optimiser = torch.optim.AdamW(trained(model), lr=1e-2)
+    az.attach(model, optimiser, total_steps=14)
+    frozen.requires_grad_(True)
+    before = copy.deepcopy(frozen.P)
+    loss_of(model, 0).backward()
+    optimiser.step()
+    optimiser.state_dict()
+    assert before.equal(frozen.P)
+
+
+def test_an_expert_without_a_gradient_keeps_its_numbers():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.experts = nn.ModuleList(nn.Linear(7, 5) for _ in range(2))
+
+        def forward(self, x, which):
+            return self.experts[which](x)
+
+    model = Experts()
+    az.adapt(model, AdaLoRA(r=4, target_r=2, t_init=10))
+    optimiser = torch.optim.AdamW(trained(model), lr=1e-2)
+    az.attach(model, optimiser, total_steps=14)
+    for t in range(2):
+        model(torch.ones(3, 7), t % 2).square().mean().backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    own = {name: p for name, p in model.experts[1].named_parameters() if p.requires_grad}
+    state = copy.deepcopy({name: (p, optimiser.state[p]) for name, p in own.items()})
+    model(torch.ones(3, 7), 0).square().mean().backward()
+    optimiser.step()
+    for name, parameter in own.items():
+        assert same(state[name][0].data, parameter.data)
+        assert same(dict(state[name][1]), dict(optimiser.state[parameter]))
+
+
+@pytest.mark.parametrize("how", ["frozen", "stages"])
+def test_a_magnitude_without_a_gradient_is_said(how):
+    run = Run(MAP(ADA))
+    if how == "frozen":
+        run.model.body[0].adapter.beta.requires_grad_(False)
+    else:
+        az.stages(run.model, run.optimiser, steps=2)
+    with pytest.warns(az.errors.ImportanceWarning, match=r"'body\.0': beta of MAP got no gradient") as caught:
+        run.go(0, 4)
+    assert len(caught) == 1
+
+
+# Steps inside of steps, and steps that fail.
+
+
+def test_a_step_inside_of_a_step_is_one():
+    class Mine(torch.optim.AdamW):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    options = {"lr": 2e-2, "weight_decay": 0.1, "foreach": False}
+    mine = Run(MAP(ADA), lambda p: Mine(p, **options)).go(0, 14)
+    plain = Run(MAP(ADA), lambda p: torch.optim.AdamW(p, **options)).go(0, 14)
+    assert same(plain.saved(), mine.saved())
+    assert mine.attachment.step == 14
+
+
+def test_a_step_that_failed_and_is_tried_again_has_its_penalty_once():
+    class Flaky(torch.optim.SGD):
+        fails = True
+
+        def step(self, closure=None):
+            if self.fails:
+                raise OSError("no more")
+            return super().step(closure)
+
+    ends = []
+    for flaky in (True, False):
+        model = Model(ADA, dropout=0.0)
+        optimiser = Flaky(trained(model), lr=0.1)
+        attachment = az.attach(model, optimiser, total_steps=14)
+        for t in range(2):
+            optimiser.zero_grad()
+            loss_of(model, t).backward()
+            optimiser.fails = flaky
+            if flaky:
+                with pytest.raises(OSError, match="no more"):
+                    optimiser.step()
+            optimiser.fails = False
+            optimiser.step()
+        assert attachment.step == 2
+        ends.append(dict(model.state_dict()))
+    assert same(*ends)
+
+
+def test_a_step_that_failed_and_is_given_up_leaves_nothing_behind():
+    run = Run(ADA)
+    plain = Run(ADA)
+    original = run.optimiser.__class__.step
+    loss_of(run.model.eval(), 3).backward()
+    handle = run.optimiser.register_step_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run.optimiser.step()
+    handle.remove()
+    assert run.optimiser.__class__.step is original
+    run.model.train()
+    torch.manual_seed(0)
+    run.go(0, 3)
+    torch.manual_seed(0)
+    assert same(plain.go(0, 3).saved(), run.saved())
+
+
+def test_steps_are_counted_though_groups_come_and_go():
+    run = Run(ADA)
+    run.go(0, 3)
+    extra = nn.Linear(2, 2)
+    run.optimiser.add_param_group({"params": list(extra.parameters())})
+    run.schedule.base_lrs.append(0.01)
+    run.go(3, 5)
+    run.optimiser.param_groups.reverse()
+    assert run.attachment.step == 5
+
+
+def test_a_step_under_autocast_does_the_same():
+    plain = Run(MAP(ADA)).go(0, 6)
+    other = Run(MAP(ADA))
+    for t in range(6):
+        other.optimiser.zero_grad()
+        loss_of(other.model, t).backward()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            other.optimiser.step()
+        other.schedule.step()
+    assert same(plain.saved(), other.saved())
+
+
+@pytest.mark.parametrize("spec", [MAP(DoRA(ADA)), DoRA(ADA, detach_norm=False)], ids=repr)
+def test_a_float64_model_with_a_float32_adapter(spec):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(7, 9), nn.GELU(), nn.Linear(9, 5)).double()
+    az.adapt(model, spec, adapter_dtype=torch.float32)
+    optimiser = torch.optim.AdamW(trained(model), lr=1e-2)
+    az.attach(model, optimiser, total_steps=8)
+    for _ in range(8):
+        model(torch.randn(4, 7, dtype=torch.float64)).square().mean().backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    assert sum(az.ranks(model).values()) == 4
+    assert model[0].adapter.generator.P.dtype is torch.float32
+
+
+# torch's distributed checkpoints, which fill what is there.
+
+
+def test_a_distributed_checkpoint_holds_what_is_remembered(tmp_path):
+    whole = Run(MAP(ADA)).go(0, 6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, about a single process
+        model, optimiser = get_state_dict(whole.model, whole.optimiser)
+        dcp.save({"model": model, "optimiser": optimiser}, checkpoint_id=tmp_path)
+        resumed = Run(MAP(ADA))
+        model, optimiser = get_state_dict(resumed.model, resumed.optimiser)
+        state = {"model": model, "optimiser": optimiser}
+        dcp.load(state, checkpoint_id=tmp_path)
+        set_state_dict(
+            resumed.model, resumed.optimiser, model_state_dict=state["model"], optim_state_dict=state["optimiser"]
+        )
+    assert resumed.attachment.step == 6
+    resumed.schedule.load_state_dict(whole.schedule.state_dict())
+    random = torch.get_rng_state()
+    whole.go(6, 14)
+    torch.set_rng_state(random)
+    resumed.go(6, 14)
+    assert same(dict(whole.model.state_dict()), dict(resumed.model.state_dict()))
+    for parameter, other in zip(trained(whole.model), trained(resumed.model), strict=True):
+        mine, theirs = whole.optimiser.state[parameter], resumed.optimiser.state[other]
+        assert mine.keys() == theirs.keys()
+        assert all(same(mine[key], theirs[key]) for key in mine)
 
 
 # Taking masked ranks away.
@@ -507,7 +819,7 @@ def test_what_can_not_be_compacted():
     az.unmerge(run.model)
     for entry in run.optimiser.state.values():
         entry["factored"] = torch.ones(3)
-    with pytest.raises(TrainingError, match=r"keeps 'factored' of shape \[3\].*no one can tell how to cut it"):
+    with pytest.raises(TrainingError, match=r"'factored' in the .* has shape \[3\] .* no one can tell how to cut it"):
         az.compact(run.model)
     assert [v.shape for v in before.values()] == [v.shape for v in run.model.state_dict().values()]
     assert az.compact(Model(LoRA(r=2))) == {}
@@ -518,3 +830,80 @@ def test_a_fresh_model_has_nothing_to_take_away():
     ids = [id(p) for p in model.parameters()]
     assert az.compact(model) == {"body.0": 3, "body.3": 3} == az.ranks(model)
     assert [id(p) for p in model.parameters()] == ids
+
+
+def test_compaction_keeps_the_parameters_that_optimisers_hold():
+    run = Run(MAP(ADA)).go(0, 14)
+    before = [id(p) for p in trained(run.model)]
+    loss = loss_of(run.model, 0)  # alive while the shapes change, as the last loss of a loop is
+    loss.backward()
+    gradient = run.model.body[0].adapter.inner.lam.grad.clone()
+    kept = run.model.body[0].adapter.inner.mask != 0
+    az.compact(run.model)
+    assert [id(p) for p in trained(run.model)] == before
+    assert run.model.body[0].adapter.inner.lam.grad.equal(gradient[kept])
+    run.go(14, 16)
+    for parameter in trained(run.model):
+        assert run.optimiser.state[parameter]["exp_avg"].shape == parameter.shape == parameter.grad.shape
+    assert loss.item() > 0
+
+
+def test_compaction_with_an_optimiser_that_is_given():
+    run = Run(ADA).go(0, 14)
+    run.attachment.detach()
+    other = torch.optim.SGD(run.model.head.parameters(), lr=0.1)
+    with pytest.raises(TrainingError, match=r"body\..*is not held by the optimiser that was given"):
+        az.compact(run.model, other)
+    az.compact(run.model, run.optimiser)
+    run.go(14, 15)
+
+
+def test_one_memory_for_all_parameters_can_not_be_cut():
+    model = Model(ADA, dropout=0.0)
+    model.body[0].adapter.mask[1] = 0
+    optimiser = torch.optim.LBFGS(trained(model), max_iter=2)
+
+    def closure():
+        optimiser.zero_grad()
+        loss = loss_of(model, 0)
+        loss.backward()
+        return loss
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnattendedWarning)
+        optimiser.step(closure)
+    with pytest.raises(TrainingError, match="L-BFGS has one memory for all parameters"):
+        az.compact(model, optimiser)
+
+
+def test_a_rank_of_one_that_goes():
+    model = Model(AdaLoRA(r=1))
+    optimiser = torch.optim.AdamW(trained(model), lr=1e-2)
+    loss_of(model, 0).backward()
+    optimiser.step()
+    model.body[0].adapter.mask.zero_()
+    assert az.compact(model, optimiser) == {"body.0": 0, "body.3": 1}
+    optimiser.zero_grad()
+    loss_of(model, 1).backward()
+    optimiser.step()
+
+
+def test_a_state_of_another_rank_loads_while_an_earlier_loss_is_alive():
+    run = Run(ADA).go(0, 14)
+    run.attachment.detach()
+    whole = copy.deepcopy(run.model.state_dict())
+    az.compact(run.model)
+    small = copy.deepcopy(run.model.state_dict())
+    for state in (whole, small, whole):
+        loss = loss_of(run.model.eval(), 0)
+        loss.backward()
+        run.model.load_state_dict(state)
+        run.model.zero_grad()
+        again = loss_of(run.model, 0)
+        again.backward()
+        fresh = Model(ADA).eval()
+        fresh.load_state_dict(state)
+        loss_of(fresh, 0).backward()
+        for parameter, other in zip(trained(run.model), trained(fresh), strict=True):
+            torch.testing.assert_close(parameter.grad, other.grad)
+        del loss, again

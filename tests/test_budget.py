@@ -289,7 +289,7 @@ def test_importance_is_the_derivative_with_gains_held(spec):
     layer.adapter.generator.mask[2] = 0
     functional = torch.randn(32, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     (layer(X) * functional).sum().backward()
-    pull = pull_of_norms(layer)
+    pull = pull_of_norms(layer).grads
     tree, leaves = tree_of(layer.adapter)
     G = functional.T @ X
     loss = (G * held(layer.weight.detach(), tree)).sum()
@@ -333,7 +333,7 @@ def test_over_map_the_gradient_alone_can_not_tell_two_triplets_apart():
     (layer(X) - X @ target.T - layer.bias).square().mean().backward()
     raw = (generator.lam * generator.lam.grad).abs()
     torch.testing.assert_close(raw[0], raw[1])
-    kept = (generator.lam * (generator.lam.grad + pull_of_norms(layer)["lam"])).abs()
+    kept = (generator.lam * (generator.lam.grad + pull_of_norms(layer).grads["lam"])).abs()
     assert kept[0] > 20 * kept[1]
 
 
@@ -349,7 +349,7 @@ def test_importance_knows_nothing_of_the_length_that_a_wrapper_takes_away(spec):
         generator = layer.adapter.generator
         generator.lam.data.mul_(c)
         layer(X).sin().sum().backward()
-        importances.append((generator.lam * (generator.lam.grad + pull_of_norms(layer)["lam"])).abs())
+        importances.append((generator.lam * (generator.lam.grad + pull_of_norms(layer).grads["lam"])).abs())
     torch.testing.assert_close(*importances)
 
 
@@ -369,8 +369,8 @@ def test_importance_is_that_of_the_bare_update_that_makes_the_same_weight():
     torch.testing.assert_close(over.effective_weight(), bare.effective_weight())
     for layer in (over, bare):
         layer(X).sin().sum().backward()
-    pull = pull_of_norms(over)
-    assert not pull_of_norms(bare)
+    pull = pull_of_norms(over).grads
+    assert not pull_of_norms(bare).grads
     for name in ("P", "lam", "Q"):
         value, other = generator.values()[name], twin.values()[name]
         torch.testing.assert_close(value * (value.grad + pull[name]), other * other.grad)

@@ -844,3 +844,15 @@ def test_a_failing_init_leaves_the_base_as_it_was(monkeypatch):
     assert linear.weight.requires_grad
     assert linear.bias.requires_grad
     assert not linear._forward_pre_hooks
+
+
+@pytest.mark.parametrize("other", [AdaLoRA(r=2), LoRA(r=2), MAP(DoRA(LoRA(r=2)))], ids=repr)
+def test_a_state_of_another_composition_is_an_error_also_where_loading_is_lax(other):
+    """Trainers load with strict=False: what is missing or unexpected would be a line in a log."""
+    model = nn.Sequential(AdaptedLinear(nn.Linear(7, 5), DoRA(LoRA(r=2)), name="0"))
+    state = nn.Sequential(AdaptedLinear(nn.Linear(7, 5), other)).state_dict()
+    with pytest.raises(RuntimeError, match=r"'0' has an adapter with inner\.A, .*another composition than DoRA\(LoRA"):
+        model.load_state_dict(state, strict=False)
+    base = {key: value for key, value in state.items() if "adapter" not in key}
+    assert model.load_state_dict(base, strict=False).missing_keys == ["0.adapter.magnitude", "0.adapter.inner.A",
+                                                                      "0.adapter.inner.B"]  # fmt: skip

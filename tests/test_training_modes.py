@@ -214,11 +214,19 @@ def test_a_compiled_optimiser_does_what_pieces_need():
     model = Blocks(ADA)
     optimiser = adamw(model)
     attachment = az.attach(model, optimiser, total_steps=10)
-    step = torch.compile(optimiser.step, backend="eager")
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    step, counts = torch.compile(optimiser.step, backend=backend), []
     for t in range(10):
         x, y = batch(t)
         (model(x) - y).square().mean().backward()
         step()
         optimiser.zero_grad()
+        counts.append(len(graphs))
     assert attachment.step == 10
     assert total(model) == 8
+    assert counts[2] == counts[-1]  # nothing is compiled anew while the budget falls

@@ -1,14 +1,13 @@
 """AdaLoRA's budget: how many triplets a model may keep at a step, and which."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from adapterzoo.errors import count
-from adapterzoo.methods.importance import penalty_share, remember, scores
-from adapterzoo.rules import Member, StepRule
+from adapterzoo.methods import importance
+from adapterzoo.rules import Member, Report, StepRule
 from adapterzoo.sharded import sharded_like
 
 
@@ -60,31 +59,56 @@ class Budget(StepRule):
         left = 1 - (step - self.t_init) / (end - self.t_init)
         return int(target + (start - target) * left**3)
 
-    def step(self, members: Sequence[Member], step: int, total_steps: int) -> Mapping[str, Tensor | float]:
+    def begin(self, members: Sequence[Member]) -> None:
+        """Make room for Ī and Ū."""
+        importance.begin(members)
+
+    def step(self, members: Sequence[Member], step: int, total_steps: int) -> Report:
         """Take note of the importance, mask what does not fit the budget, and set its λ to zero."""
         end = total_steps - self.t_final
         start, target = (sum(getattr(member.spec, rank) for member in members) for rank in ("r", "target_r"))
-        share = penalty_share(members)
+        budget, report = self.at(step, total_steps, start, target), importance.sources(members)
         if step <= end:
-            for member in members:
-                remember(member)
-        falls = self.t_init < step <= end and (step % self.delta_t == 0 or step == end)
-        if falls:
-            allocate(members, self.at(step, total_steps, start, target))
-        if falls or step > end:
-            for member in members:
-                lam = member.values["lam"]
-                lam.mul_(sharded_like(member.values["mask"].to(lam.dtype), lam))
-        return {"budget": self.at(step, total_steps, start, target), "penalty_share": share}
+            importance.remember(members)
+        if self.t_init < step <= end and (step % self.delta_t == 0 or step == end):
+            allocate(members, budget)
+        elif step > end:
+            keep(members, budget)
+        return {"budget": budget, **report}
+
+
+def keep(members: Sequence[Member], budget: int) -> None:
+    """Leave the masks as they are, unless a run that goes on with fewer steps has missed its last allocation."""
+    if kept(members) > budget:
+        allocate(members, budget)
+    silence(members)
+
+
+def kept(members: Sequence[Member]) -> int:
+    """How many triplets are not masked."""
+    device = members[0].values["mask"].device
+    return int(torch.stack([member.values["mask"].count_nonzero().to(device) for member in members]).sum())
+
+
+def silence(members: Sequence[Member]) -> None:
+    """Set λ to zero where it is masked."""
+    for member in members:
+        lam = member.values["lam"]
+        lam.mul_(sharded_like(member.values["mask"].to(lam.dtype), lam))
 
 
 def allocate(members: Sequence[Member], budget: int) -> None:
-    """Keep the `budget` triplets with the highest scores; of equal ones those that stand first in their layers."""
-    each = [scores(member) for member in members]
+    """Keep the `budget` triplets with the highest scores, but no more than now; mask the others, and set their λ to 0.
+
+    Of equal ones those stay that stand first in their layers. The budget of one run never rises; that of a run that
+    goes on with more steps may, and what training has taken away does not come back at random.
+    """
+    each = [importance.scores(member) for member in members]
     places = torch.cat([torch.arange(len(score)) for score in each])
     flat = torch.cat([score.to(each[0].device) for score in each]).nan_to_num(nan=-1.0)
     fair = places.argsort(stable=True).to(flat.device)  # the first triplet of every layer, then the second of every one
-    kept = fair[flat[fair].argsort(descending=True, stable=True)[:budget]]
-    mask = torch.zeros_like(flat).index_fill_(0, kept, 1.0)
+    best = fair[flat[fair].argsort(descending=True, stable=True)[: min(budget, kept(members))]]
+    mask = torch.zeros_like(flat).index_fill_(0, best, 1.0)
     for member, part in zip(members, torch.split(mask, [len(score) for score in each]), strict=True):
         member.values["mask"].copy_(part)
+    silence(members)

@@ -1,31 +1,38 @@
 """attach: what the pieces of a model need at every step of an optimiser is done, whoever writes the loop."""
 
-from collections import defaultdict
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self
-from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from adapterzoo.adapter import Adapter
-from adapterzoo.errors import TrainingError, listing, where
-from adapterzoo.layer import AdaptedLinear, adapted_layers
-from adapterzoo.rules import Member, StepRule
-from adapterzoo.training.held import pull_of_norms
-from adapterzoo.training.optimisers import before_every_step, is_blank, loss_scale, plain_optimizer, was_skipped
-from adapterzoo.training.penalty import ADDED_BY_ATTACH, penalised, term_of
-from adapterzoo.watch import WATCH, needing
+from adapterzoo.errors import ImportanceWarning, where
+from adapterzoo.layer import AdaptedLinear
+from adapterzoo.rules import Member, Report, StepRule
+from adapterzoo.training.held import NO_PULL, pull_of_norms
+from adapterzoo.training.optimisers import (
+    before_every_step,
+    is_blank,
+    loss_scale,
+    plain_optimizer,
+    uncompiled,
+    was_skipped,
+)
+from adapterzoo.training.penalty import gradient_of_term, penalised
+from adapterzoo.training.ready import check, check_steps, earlier_attachments, ruled_pieces, trained_layers
+from adapterzoo.watch import WATCH, trains
 
 _STEP = "adapterzoo_step"
-_ATTACHED: WeakKeyDictionary[AdaptedLinear, "ref[Attachment]"] = WeakKeyDictionary()
 
 
 def attach(model: nn.Module, optimizer: Optimizer, *, total_steps: int, add_penalty: bool = True) -> "Attachment":
     """Do what the pieces of a model need at every step of an optimiser, from now on: AdaLoRA's rank allocation.
 
-    Call it once, after the optimiser is built and before the first step. It hooks `optimizer.step`, so it works in any
+    Call it after the optimiser is built and before the first step; a later call takes the place of an earlier one for
+    the same layers. It hooks `optimizer.step`, so it works in any
     loop and trainer, with closures, accumulated gradients, gradient scalers and clipping. Everything that it remembers
     is part of the optimiser's state: `optimizer.state_dict()` saves it, and after `optimizer.load_state_dict` (before
     or after this call) training goes on bit for bit as it would have.
@@ -42,8 +49,9 @@ def attach(model: nn.Module, optimizer: Optimizer, *, total_steps: int, add_pena
         The attachment. It may be dropped: the hooks stay as long as the optimiser does, or until `detach()`.
 
     Raises:
-        TrainingError: total_steps is no whole number ≥ 1 or leaves a schedule no room, no adapted layer, one that is
-            merged or attached already, or parameters that the optimiser does not hold. Nothing was changed.
+        TrainingError: total_steps is no whole number ≥ 1 or leaves a schedule no room, no adapted layer that trains,
+            one that is merged, parameters that the optimiser does not hold, or an optimiser that is attached to layers
+            of another model. Nothing was changed.
 
     Example:
         >>> import torch
@@ -62,50 +70,65 @@ def attach(model: nn.Module, optimizer: Optimizer, *, total_steps: int, add_pena
     Source:
         AdaLoRA: Zhang et al., arXiv 2303.10512, algorithm 1.
     """
-    return Attachment(model, plain_optimizer(optimizer), _steps(total_steps), add_penalty)
+    plain = plain_optimizer(optimizer)
+    layers = trained_layers(model, plain)
+    check(layers, plain, check_steps(total_steps))
+    for earlier in earlier_attachments(layers, plain):
+        earlier.detach()
+    return Attachment(plain, layers, total_steps, penalised(model) if add_penalty else [])
 
 
 class Attachment:
     """What `attach` returns: where training stands. `detach()` takes the hooks off.
 
     Args:
-        model, optimizer, total_steps, add_penalty: as `attach` takes them.
+        optimizer: a plain torch optimiser.
+        layers: the layers whose adapters train, by name.
+        total_steps: as `attach` takes it.
+        penalties: the pieces whose penalties are added, and how many siblings each has.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, total_steps: int, add_penalty: bool) -> None:
-        layers = adapted_layers(model)
-        if not layers:
-            raise TrainingError(f"this {type(model).__name__} has no adapted layer; adapt(model, spec) makes them")
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        trained = {name: layer for name, layer in layers.items() if _is_trained(layer, held)}
-        _check(trained, held, total_steps)
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        layers: Mapping[str, AdaptedLinear],
+        total_steps: int,
+        penalties: Sequence[tuple[Adapter, int]],
+    ) -> None:
         self.optimizer, self.total_steps = optimizer, total_steps
-        self.layers = list(trained.values())
-        self.report: Mapping[str, Tensor | float] = {}
-        self._ruled = _ruled(trained)
-        self._penalised = penalised(model) if add_penalty else []
+        self.layers = list(layers.values())
+        self.in_step = False
+        self.report: dict[str, Tensor | float] = {}
+        """What the rules said of the last step, summed over rules: for AdaLoRA its `budget`, and two `importance…`."""
+        self._ruled = ruled_pieces(layers)
+        self._penalised = penalties
         self._grads: dict[int, Tensor] = {}
         self._penalty_grads: dict[int, Tensor] = {}
-        self._ready = False
+        self._seen: list[tuple[Tensor, int]] = []
+        self._told = False
+        # Hooks are no part of a compiled step: what they do depends on the count.
         self._handles = [
-            before_every_step(optimizer, self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
+            before_every_step(optimizer, uncompiled(self._before_step)),
+            optimizer.register_step_post_hook(uncompiled(self._after_step)),
         ]
         for layer in self.layers:
-            _ATTACHED[layer] = ref(self)  # the optimiser's hooks keep it alive
-            WATCH.attended(layer)
-            if add_penalty:
-                ADDED_BY_ATTACH.add(layer)
+            WATCH.attend(layer, self)
 
     @property
     def step(self) -> int:
         """How many steps the optimiser has taken since it was first attached, resumptions included."""
-        return int(self.optimizer.param_groups[0].get(_STEP, 0))
+        return max(int(group.get(_STEP, 0)) for group in self.optimizer.param_groups)
+
+    @property
+    def adds_penalty(self) -> bool:
+        """Whether it adds penalties to the gradients."""
+        return bool(self._penalised)
 
     @property
     def penalty_share(self) -> float:
         """The share of the last step's importance that came from penalties; NaN before a step, or if not added here."""
-        return float(self.report.get("penalty_share", float("nan"))) if self._penalised else float("nan")
+        task, penalty = (float(self.report.get(name, 0.0)) for name in ("importance", "importance_of_penalty"))
+        return penalty / (task + penalty) if self.adds_penalty and task + penalty > 0 else float("nan")
 
     @property
     def finished(self) -> bool:
@@ -117,8 +140,7 @@ class Attachment:
         for handle in self._handles:
             handle.remove()
         for layer in self.layers:
-            _ATTACHED.pop(layer, None)
-            ADDED_BY_ATTACH.discard(layer)
+            WATCH.leave(layer, self)
 
     def __enter__(self) -> Self:
         return self
@@ -129,50 +151,88 @@ class Attachment:
     @torch.no_grad()
     def _before_step(self) -> Tensor | None:
         """Gradients are ready: add the penalties' own, and keep what the rules will need."""
-        self._ready = not is_blank(self.optimizer)
-        if not self._ready:
+        if self._is_prepared():
+            return None
+        self.in_step, self._grads, self._penalty_grads = True, {}, {}
+        if is_blank(self.optimizer):
+            self._seen = []
             return None
         scale = loss_scale(self.optimizer)
         value = self._add_penalties(scale)
-        self._grads = {}
-        for layer, part in (entry for entries in self._ruled.values() for entry in entries):
-            pull = pull_of_norms(layer) if part is layer.adapter.generator else {}
-            for name, parameter in part.named_parameters(recurse=False):
-                if parameter.grad is not None:
-                    grad = parameter.grad + pull[name] if name in pull else parameter.grad.clone()
-                    self._grads[id(parameter)] = grad if scale is None else grad / scale
+        for layer, part in self._measured():
+            self._keep_gradients(layer, part, scale)
+        self._seen = self._versions()
         return value
 
     def _add_penalties(self, scale: Tensor | None) -> Tensor | None:
-        """Add the penalties' gradient to that of every parameter that trains; their sum, or None if there are none."""
-        total, self._penalty_grads = None, {}
+        """Add the penalties' gradient to that of every piece that took part in the step; their sum, None if none did.
+
+        A parameter without a gradient gets none: an expert that was not routed to stays as it is.
+        """
+        total = None
+        held = self._held()
         for part, siblings in self._penalised:
-            trained = [p for p in part.parameters(recurse=False) if p.requires_grad]
+            trained = {id(p): p for p in part.parameters(recurse=False) if p.grad is not None and id(p) in held}
             if not trained:
                 continue
-            with torch.enable_grad():
-                term = term_of(part, siblings)
-                grads = torch.autograd.grad(term, trained, allow_unused=True)
-            for parameter, grad in zip(trained, grads, strict=True):
+            term, grads = gradient_of_term(part, siblings, list(trained.values()))
+            for parameter, grad in zip(trained.values(), grads, strict=True):
+                assert parameter.grad is not None
                 if grad is not None:
                     self._penalty_grads[id(parameter)] = grad
-                    grad = grad if scale is None else grad * scale
-                    parameter.grad = grad.clone() if parameter.grad is None else parameter.grad.add_(grad)
-            total = term.detach() if total is None else total + term.detach().to(total.device)
+                    parameter.grad.add_(grad if scale is None else grad * scale)
+            total = term if total is None else total + term.to(total.device)
         return total
+
+    def _keep_gradients(self, layer: AdaptedLinear, part: Adapter, scale: Tensor | None) -> None:
+        """Keep the gradients of a piece, with gains held, before the optimiser may change them."""
+        pull = pull_of_norms(layer) if part is layer.adapter.generator else NO_PULL
+        if pull.unknown and not self._told:
+            self._told = True
+            warnings.warn(
+                f"{where(layer.name)}: {', '.join(pull.unknown)} got no gradient, so importance can't be measured with "
+                "gains held (docs/training.md, 'What importance means'); let magnitudes train jointly with the rest "
+                "while ranks are allocated",
+                ImportanceWarning,
+                stacklevel=2,
+            )
+        held = self._held()
+        for name, parameter in part.named_parameters(recurse=False):
+            if parameter.grad is not None and id(parameter) in held:
+                grad = parameter.grad + pull.grads[name] if name in pull.grads else parameter.grad.clone()
+                self._grads[id(parameter)] = grad if scale is None else grad / scale
 
     @torch.no_grad()
     def _after_step(self, *_: Any) -> None:
-        if not self._ready or was_skipped(self.optimizer):
+        if not self.in_step:
             return
-        self._ready = False
-        step = self.step + 1
-        self.optimizer.param_groups[0][_STEP] = step
-        report: dict[str, Tensor | float] = {}
+        self.in_step = False
+        if was_skipped(self.optimizer):
+            return
+        step = self.step + bool(self._seen)
+        for group in self.optimizer.param_groups:
+            group[_STEP] = step
+        if self._seen:
+            self.report = self._run(lambda rule, members: rule.step(members, step, self.total_steps))
+        else:  # no step, but a checkpoint may be about to fill what is there already
+            self._run(lambda rule, members: rule.begin(members))
+        self._grads, self._penalty_grads, self._seen = {}, {}, []
+
+    def _run(self, call: Callable[[StepRule, list[Member]], Report | None]) -> dict[str, Tensor | float]:
+        """Call every rule with the pieces that train; what they say, summed."""
+        said: dict[str, Tensor | float] = {}
         for rule, entries in self._ruled.items():
-            report |= rule.step([self._member(layer, part) for layer, part in entries], step, self.total_steps)
-        self.report = report
-        self._grads, self._penalty_grads = {}, {}
+            members = [self._member(layer, part) for layer, part in entries if any(map(trains, part.parameters(False)))]
+            for name, value in ((call(rule, members) if members else None) or {}).items():
+                said[name] = said[name] + value if name in said else value
+        return said
+
+    def _measured(self) -> Iterator[tuple[AdaptedLinear, Adapter]]:
+        """The pieces whose rule still looks at gradients."""
+        step = self.step
+        for rule, entries in self._ruled.items():
+            if not rule.finished(step, self.total_steps):
+                yield from entries
 
     def _member(self, layer: AdaptedLinear, part: Adapter) -> Member:
         own = dict(part.named_parameters(recurse=False))
@@ -185,59 +245,19 @@ class Attachment:
         memory = {name: self.optimizer.state[p] for name, p in started.items()}
         return Member(layer.name, part.spec, part.values(), known(self._grads), known(self._penalty_grads), memory)
 
+    def _held(self) -> set[int]:
+        return {id(p) for group in self.optimizer.param_groups for p in group["params"]}
 
-def attachment_of(layer: AdaptedLinear) -> Attachment | None:
-    """Who attends to a layer."""
-    found = _ATTACHED.get(layer)
-    return None if found is None else found()
+    def _is_prepared(self) -> bool:
+        """Whether gradients are as they were left: in a step inside of a step, and when a failed one is tried again."""
+        now = self._versions()
+        return (
+            self.in_step
+            and bool(now)
+            and len(now) == len(self._seen)
+            and all(a is b and v == w for (a, v), (b, w) in zip(now, self._seen, strict=True))
+        )
 
-
-def _steps(total_steps: object) -> int:
-    if isinstance(total_steps, int) and not isinstance(total_steps, bool) and total_steps >= 1:
-        return total_steps
-    raise TrainingError(
-        f"total_steps={total_steps!r} is not valid: it should be the number of steps that the optimiser is going to "
-        "take in all, a whole number ≥ 1"
-    )
-
-
-def _is_trained(layer: AdaptedLinear, held: set[int]) -> bool:
-    """Whether an adapter trains: some parameter of it is in the optimiser, or wants a gradient."""
-    return any(p.requires_grad or id(p) in held for p in layer.adapter.parameters())
-
-
-def _ruled(layers: Mapping[str, AdaptedLinear]) -> dict[StepRule, list[tuple[AdaptedLinear, Adapter]]]:
-    """The pieces with a step rule, by their rule."""
-    found: dict[StepRule, list[tuple[AdaptedLinear, Adapter]]] = defaultdict(list)
-    for layer in layers.values():
-        for part in layer.adapter.parts():
-            rule = part.spec.step_rule()
-            if rule is not None:
-                found[rule].append((layer, part))
-    return dict(found)
-
-
-def _check(layers: Mapping[str, AdaptedLinear], held: set[int], total_steps: int) -> None:
-    """Raise a TrainingError that lists all that stands against attaching."""
-    problems = []
-    for name, layer in layers.items():
-        strangers = [n for n, p in layer.adapter.named_parameters() if id(p) not in held and _is_needed(layer, p)]
-        if attachment_of(layer) is not None:
-            problems.append(f"{where(name)} is attached already; detach() the earlier attachment first")
-        elif layer.merged:
-            problems.append(f"{where(name)} is merged and can't be trained; unmerge it first")
-        elif strangers:
-            problems.append(
-                f"{where(name)} has parameters that the optimiser does not hold ({', '.join(strangers)}); "
-                "build it from adapterzoo.param_groups(model, lr=...), after adapt"
-            )
-    for rule, entries in _ruled(layers).items():
-        misfit = rule.misfit(total_steps)
-        if misfit:
-            problems.append(f"{where(entries[0][0].name)}, {entries[0][1].spec!r}: {misfit}")
-    if problems:
-        raise TrainingError(f"attach can't do what this model needs:{listing(problems)}")
-
-
-def _is_needed(layer: AdaptedLinear, parameter: nn.Parameter) -> bool:
-    return parameter.requires_grad and any(parameter is needed for needed in needing(layer))
+    def _versions(self) -> list[tuple[Tensor, int]]:
+        grads = [p.grad for layer in self.layers for p in layer.adapter.parameters() if p.grad is not None]
+        return [(grad, grad._version) for grad in grads]

@@ -5,15 +5,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
-from adapterzoo.adapter import Adapter
+from adapterzoo.adapter import Adapter, reshape
 from adapterzoo.errors import MergedError, TargetError, TrainingError, listing, where
 from adapterzoo.layer import AdaptedLinear, adapted_layers
 from adapterzoo.pieces import Parameters
 from adapterzoo.sharded import is_sharded
-from adapterzoo.training.attach import attachment_of
 from adapterzoo.training.optimisers import plain_optimizer
+from adapterzoo.watch import WATCH
 
 
 def ranks(model: nn.Module) -> dict[str, int]:
@@ -30,14 +30,15 @@ def ranks(model: nn.Module) -> dict[str, int]:
     return {name: int(_kept(part).sum()) for name, (_, part) in _maskable(model).items()}
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def compact(model: nn.Module, optimizer: Optimizer | None = None) -> dict[str, int]:
     """Take masked ranks out of the parameters: the same outputs to round-off, for the time and memory of what is left.
 
-    The layers get new, smaller parameters. The attached optimiser (or the one given) gets them in the place of the old
-    ones, and what it remembers of them is cut alike, so training may go on; lists that you made of the old parameters,
-    and a DistributedDataParallel around the model, have to be made anew. The scale stays alpha / r with the spec's r.
-    A state_dict of a compacted model loads into one that is not, and the other way round: ranks follow the file.
+    The parameters stay the same objects, with fewer numbers; what the attached optimiser (or the one given) remembers
+    of them is cut alike, so training may go on. A DistributedDataParallel around the model has to be made anew. The
+    scale stays alpha / r with the spec's r. A state_dict of a compacted model loads into one that is not, and the other
+    way round: ranks follow the file.
 
     Args:
         model: a model with adapted layers; layers without masked ranks are left as they are.
@@ -49,8 +50,8 @@ def compact(model: nn.Module, optimizer: Optimizer | None = None) -> dict[str, i
     Raises:
         TargetError: no adapted layer.
         MergedError: a merged layer.
-        TrainingError: a schedule that has not come to its end, parameters in shards, or an optimiser whose state of a
-            parameter can't be cut. Nothing was changed.
+        TrainingError: a schedule that has not come to its end, parameters in shards, an optimiser whose state of a
+            parameter can't be cut, or that does not hold it. Nothing was changed.
     """
     layers = _maskable(model)
     if not adapted_layers(model):
@@ -71,43 +72,36 @@ def compact(model: nn.Module, optimizer: Optimizer | None = None) -> dict[str, i
 
 
 class _Cut(NamedTuple):
-    """One parameter or buffer with fewer ranks, and what an optimiser keeps of it."""
+    """A parameter or buffer, what is left of it, and what is left of the optimiser's state of it."""
 
-    part: Adapter
-    name: str
     old: Tensor
-    new: Tensor
-    optimizer: Optimizer | None
+    data: Tensor
+    grad: Tensor | None
     state: dict[str, Any]
+    new_state: dict[str, Any]
 
 
 def _prepare(layer: AdaptedLinear, part: Adapter, name: str, axis: int, given: Optimizer | None) -> _Cut:
     """Everything that can fail."""
     old, keep = part.values()[name], _kept(part)
-    chosen = keep.nonzero()[:, 0].to(old.device)
-    new = old.index_select(axis, chosen)
-    if isinstance(old, nn.Parameter):
-        new = nn.Parameter(new, requires_grad=old.requires_grad)
-    attachment = attachment_of(layer)
-    optimizer = given or (None if attachment is None else attachment.optimizer)
-    known = {} if optimizer is None else optimizer.state.get(old, {})
-    state = _cut_state(known, old, axis, chosen, f"{where(layer.name)}, {name}")
-    return _Cut(part, name, old, new, optimizer, state)
+    chosen, what = keep.nonzero()[:, 0].to(old.device), f"{where(layer.name)}, {name}"
+    attendant = WATCH.attendant_of(layer)
+    optimizer = given if attendant is None or given is not None else attendant.optimizer
+    if isinstance(optimizer, LBFGS) and optimizer.state:
+        raise TrainingError(f"{what}: L-BFGS has one memory for all parameters, which can't be cut; begin a new one")
+    held = [] if given is None else [p for group in given.param_groups for p in group["params"]]
+    if given is not None and isinstance(old, nn.Parameter) and not any(p is old for p in held):
+        raise TrainingError(f"{what} is not held by the optimiser that was given; give the one that trains it, or none")
+    state = {} if optimizer is None else optimizer.state.get(old, {})
+    new_state = {key: _cut(value, old, axis, chosen, f"{what}: {key!r}") for key, value in state.items()}
+    grad = None if old.grad is None else old.grad.index_select(axis, chosen)
+    return _Cut(old, old.detach().index_select(axis, chosen), grad, state, new_state)
 
 
-# Note [New parameters, not other data]
-# A parameter whose data gets another shape breaks in the next backward while any earlier loss is alive: autograd
-# remembers the old shape. So parameters are replaced, in the layer and in the optimiser.
 def _commit(cut: _Cut) -> None:
     """Assignments only."""
-    setattr(cut.part, cut.name, cut.new)
-    if cut.optimizer is None:
-        return
-    for group in cut.optimizer.param_groups:
-        group["params"] = [cut.new if value is cut.old else value for value in group["params"]]
-    if cut.old in cut.optimizer.state:
-        del cut.optimizer.state[cut.old]
-        cut.optimizer.state[cut.new] = cut.state
+    reshape(cut.old, cut.data, cut.grad)
+    cut.state.update(cut.new_state)
 
 
 def _maskable(model: nn.Module) -> dict[str, tuple[AdaptedLinear, Adapter]]:
@@ -129,10 +123,10 @@ def _check(layers: Mapping[str, tuple[AdaptedLinear, Adapter]]) -> None:
     if merged:
         raise MergedError(f"unmerge before compacting; these layers are merged:{listing(merged)}")
     for name, (layer, part) in layers.items():
-        attachment = attachment_of(layer)
-        if attachment is not None and not attachment.finished:
+        attendant = WATCH.attendant_of(layer)
+        if attendant is not None and not attendant.finished:
             raise TrainingError(
-                f"{where(name)}: ranks may still come and go, at step {attachment.step} of {attachment.total_steps}; "
+                f"{where(name)}: ranks may still come and go, at step {attendant.step} of {attendant.total_steps}; "
                 "compact after the last allocation, or detach() first"
             )
         if any(is_sharded(value) for value in part.values().values()):
@@ -142,16 +136,15 @@ def _check(layers: Mapping[str, tuple[AdaptedLinear, Adapter]]) -> None:
             )
 
 
-def _cut_state(state: dict[str, Any], like: Tensor, axis: int, chosen: Tensor, what: str) -> dict[str, Any]:
-    """An optimiser's state of a parameter; what is as large as the parameter is cut along the same axis."""
-    cut = dict(state)
-    for key, value in state.items():
-        if not isinstance(value, Tensor) or value.numel() <= 1:
-            continue
-        if value.shape != like.shape:
-            raise TrainingError(
-                f"{what}: the optimiser keeps {key!r} of shape {list(value.shape)} for a parameter {list(like.shape)}, "
-                "and no one can tell how to cut it; compact after training, with the attachment detached"
-            )
-        cut[key] = value.index_select(axis, chosen)
-    return cut
+def _cut(value: Any, like: Tensor, axis: int, chosen: Tensor, what: str) -> Any:
+    """An entry of an optimiser's state: cut along the same axis if it is as large as the parameter."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.shape == like.shape:
+        return value.index_select(axis, chosen)
+    if value.numel() <= 1:
+        return value
+    raise TrainingError(
+        f"{what} in the optimiser's state has shape {list(value.shape)} for a parameter {list(like.shape)}, and no one "
+        "can tell how to cut it; compact after training, with the attachment detached"
+    )

@@ -20,6 +20,11 @@ def plain_optimizer(optimizer: Any) -> Optimizer:
     seen = optimizer
     while isinstance(getattr(seen, "optimizer", None), Optimizer):
         seen = seen.optimizer
+    if hasattr(seen, "consolidate_state_dict"):
+        raise TrainingError(
+            f"a {type(seen).__name__} keeps its state in an optimiser of its own, and would not save what attach "
+            "remembers; use FSDP2 (torch.distributed.fsdp.fully_shard) to shard it, or a plain optimiser"
+        )
     if not isinstance(seen, Optimizer):
         raise TrainingError(f"a torch.optim.Optimizer is needed, or a wrapper of one; got {type(optimizer).__name__}")
     return seen
@@ -43,7 +48,7 @@ def before_every_step(optimizer: Optimizer, prepare: Callable[[], Any]) -> Any:
         def closure_and_more() -> Any:
             loss = closure()
             more = prepare()
-            return loss if loss is None or more is None else loss + more
+            return loss + more if isinstance(loss, (torch.Tensor, float)) and more is not None else loss
 
         if len(args) > 1:
             return (args[0], closure_and_more, *args[2:]), kwargs
@@ -52,11 +57,21 @@ def before_every_step(optimizer: Optimizer, prepare: Callable[[], Any]) -> Any:
     return optimizer.register_step_pre_hook(hook)
 
 
+def uncompiled(hook: Hook) -> Hook:
+    """The hook as no part of a compiled step: what it does depends on how many steps there were."""
+    return torch.compiler.disable(hook)  # type: ignore[no-any-return, no-untyped-call]
+
+
 def is_blank(optimizer: Optimizer) -> bool:
-    """Whether a step is none: torch's distributed checkpoints take one with lr 0 and zero gradients, to make state."""
+    """Whether a step is none: no parameter has a gradient; or all are zero and so is every learning rate.
+
+    torch's distributed checkpoints take one of the second kind, to make an optimiser's state.
+    """
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if not grads:
+        return True
     if any(group["lr"] != 0 for group in optimizer.param_groups if "lr" in group):
         return False
-    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     return not any(bool(grad.any()) for grad in grads)
 
 

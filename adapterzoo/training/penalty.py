@@ -1,7 +1,7 @@
 """The penalties that pieces declare, summed over a model."""
 
 from collections import Counter
-from weakref import WeakSet
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,7 @@ from adapterzoo.layer import adapted_layers
 from adapterzoo.pieces import Parameters
 from adapterzoo.precision import full_precision
 from adapterzoo.sharded import gathered
-
-ADDED_BY_ATTACH: WeakSet[nn.Module] = WeakSet()
-"""The layers whose penalties reach the gradients without being in any loss."""
+from adapterzoo.watch import WATCH
 
 
 def penalty(model: nn.Module) -> Tensor:
@@ -43,7 +41,7 @@ def penalty(model: nn.Module) -> Tensor:
     for part, siblings in penalised(model):
         term = term_of(part, siblings)
         total = total.to(term.device) + term
-    if total.requires_grad and any(layer in ADDED_BY_ATTACH for layer in adapted_layers(model).values()):
+    if total.requires_grad and _is_added(model):
         total.register_hook(_refuse)  # type: ignore[no-untyped-call]
     return total
 
@@ -62,12 +60,19 @@ def penalised(model: nn.Module) -> list[tuple[Adapter, int]]:
 
 def term_of(part: Adapter, siblings: int) -> Tensor:
     """The penalty of one piece that declares one: []."""
-    values = _values(part)
-    device = next(iter(part.values().values())).device.type
-    with full_precision(device):
-        term = part.spec.penalty(values, siblings)
+    with full_precision(next(iter(part.values().values())).device.type):
+        term = part.spec.penalty(_values(part), siblings)
     assert term is not None
     return term
+
+
+def gradient_of_term(
+    part: Adapter, siblings: int, wanted: Sequence[Tensor]
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """The penalty of one piece, and its gradient by some of its parameters."""
+    with torch.enable_grad(), full_precision(wanted[0].device.type):
+        term = term_of(part, siblings)
+        return term.detach(), torch.autograd.grad(term, list(wanted), allow_unused=True)
 
 
 def _values(part: Adapter) -> Parameters:
@@ -75,6 +80,11 @@ def _values(part: Adapter) -> Parameters:
     return Parameters(
         {n: gathered(v).to(torch.promote_types(v.dtype, torch.float32)) for n, v in part.values().items()}
     )
+
+
+def _is_added(model: nn.Module) -> bool:
+    attendants = [WATCH.attendant_of(layer) for layer in adapted_layers(model).values()]
+    return any(attendant is not None and attendant.adds_penalty for attendant in attendants)
 
 
 def _refuse(grad: Tensor) -> Tensor:
