@@ -175,6 +175,8 @@ class Piece(BaseModel):
     def penalty(self, params: Parameters, siblings: int) -> Tensor | None:
         """A term [] of the loss besides the task's, from this piece's own parameters; None if there is none.
 
+        A pure function of tensors: equal pieces of a model are computed together, by torch.vmap.
+
         Args:
             params: the parameters' values.
             siblings: how many pieces of this class the model has, itself included, for penalties that are means.

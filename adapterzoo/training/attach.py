@@ -21,7 +21,7 @@ from adapterzoo.training.optimisers import (
     uncompiled,
     was_skipped,
 )
-from adapterzoo.training.penalty import gradient_of_term, penalised
+from adapterzoo.training.penalty import gradients_of_total, penalised
 from adapterzoo.training.ready import check, check_steps, earlier_attachments, ruled_pieces, trained_layers
 from adapterzoo.watch import WATCH, trains
 
@@ -169,19 +169,20 @@ class Attachment:
 
         A parameter without a gradient gets none: an expert that was not routed to stays as it is.
         """
-        total = None
         held = self._held()
+        pieces, wanted = [], []
         for part, siblings in self._penalised:
-            trained = {id(p): p for p in part.parameters(recurse=False) if p.grad is not None and id(p) in held}
-            if not trained:
-                continue
-            term, grads = gradient_of_term(part, siblings, list(trained.values()))
-            for parameter, grad in zip(trained.values(), grads, strict=True):
-                assert parameter.grad is not None
-                if grad is not None:
-                    self._penalty_grads[id(parameter)] = grad
-                    parameter.grad.add_(grad if scale is None else grad * scale)
-            total = term if total is None else total + term.to(total.device)
+            trained = [p for p in part.parameters(recurse=False) if p.grad is not None and id(p) in held]
+            wanted += trained
+            pieces += [(part, siblings)] if trained else []
+        if not wanted:
+            return None
+        *grads, total = gradients_of_total(pieces, wanted)
+        for parameter, grad in zip(wanted, grads, strict=True):
+            assert parameter.grad is not None
+            if grad is not None:
+                self._penalty_grads[id(parameter)] = grad
+                parameter.grad.add_(grad if scale is None else grad * scale)
         return total
 
     def _keep_gradients(self, layer: AdaptedLinear, part: Adapter, scale: Tensor | None) -> None:

@@ -1,7 +1,8 @@
 """The penalties that pieces declare, summed over a model."""
 
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from adapterzoo.adapter import Adapter
 from adapterzoo.errors import TrainingError
 from adapterzoo.layer import adapted_layers
-from adapterzoo.pieces import Parameters
+from adapterzoo.pieces import Parameters, Piece
 from adapterzoo.precision import full_precision
 from adapterzoo.sharded import gathered
 from adapterzoo.watch import WATCH
@@ -37,10 +38,7 @@ def penalty(model: nn.Module) -> Tensor:
     Source:
         AdaLoRA's orthogonality: Zhang et al., arXiv 2303.10512, eq. 4, in the form of its published code.
     """
-    total = torch.zeros(())
-    for part, siblings in penalised(model):
-        term = term_of(part, siblings)
-        total = total.to(term.device) + term
+    total = total_of(penalised(model))
     if total.requires_grad and _is_added(model):
         total.register_hook(_refuse)  # type: ignore[no-untyped-call]
     return total
@@ -54,32 +52,48 @@ def penalised(model: nn.Module) -> list[tuple[Adapter, int]]:
         return [
             (part, siblings[type(part.spec)])
             for part in parts
-            if part.spec.penalty(_values(part), siblings[type(part.spec)]) is not None
+            if part.spec.penalty(Parameters(_values(part)), siblings[type(part.spec)]) is not None
         ]
 
 
-def term_of(part: Adapter, siblings: int) -> Tensor:
-    """The penalty of one piece that declares one: []."""
-    with full_precision(next(iter(part.values().values())).device.type):
-        term = part.spec.penalty(_values(part), siblings)
-    assert term is not None
-    return term
+def total_of(pieces: Sequence[tuple[Adapter, int]]) -> Tensor:
+    """The penalties of pieces that declare one, summed: []. Pieces that are alike are computed together."""
+    alike: dict[Any, list[tuple[Adapter, dict[str, Tensor]]]] = defaultdict(list)
+    for part, siblings in pieces:
+        values = _values(part)
+        kinds = tuple((value.shape, value.dtype, value.device) for value in values.values())
+        alike[part.spec, siblings, kinds].append((part, values))
+    total = torch.zeros(())
+    for (spec, siblings, kinds), entries in alike.items():
+        with full_precision(kinds[0][2].type):
+            term = _together(spec, siblings, [values for _, values in entries])
+        total = total.to(term.device) + term
+    return total
 
 
-def gradient_of_term(
-    part: Adapter, siblings: int, wanted: Sequence[Tensor]
-) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """The penalty of one piece, and its gradient by some of its parameters."""
+def gradients_of_total(pieces: Sequence[tuple[Adapter, int]], wanted: Sequence[Tensor]) -> list[Tensor | None]:
+    """The gradient of the sum by some of the pieces' parameters, and the sum itself as the last entry."""
     with torch.enable_grad(), full_precision(wanted[0].device.type):
-        term = term_of(part, siblings)
-        return term.detach(), torch.autograd.grad(term, list(wanted), allow_unused=True)
+        total = total_of(pieces)
+        return [*torch.autograd.grad(total, list(wanted), allow_unused=True), total.detach()]
 
 
-def _values(part: Adapter) -> Parameters:
+def _together(spec: Piece, siblings: int, values: Sequence[Mapping[str, Tensor]]) -> Tensor:
+    def one(own: Mapping[str, Tensor]) -> Tensor:
+        term = spec.penalty(Parameters(own), siblings)
+        assert term is not None
+        return term
+
+    if len(values) == 1:
+        return one(values[0])
+    stacked = {name: torch.stack([own[name] for own in values]) for name in values[0]}
+    terms: Tensor = torch.vmap(one)(stacked)
+    return terms.sum()
+
+
+def _values(part: Adapter) -> dict[str, Tensor]:
     """The values of a piece, whole and in the dtype of factors."""
-    return Parameters(
-        {n: gathered(v).to(torch.promote_types(v.dtype, torch.float32)) for n, v in part.values().items()}
-    )
+    return {n: gathered(v).to(torch.promote_types(v.dtype, torch.float32)) for n, v in part.values().items()}
 
 
 def _is_added(model: nn.Module) -> bool:
