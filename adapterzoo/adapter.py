@@ -1,5 +1,6 @@
 """The one module that holds adapter parameters: it mirrors the tree of a spec and knows no piece by name."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Self
@@ -7,10 +8,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from adapterzoo.errors import RoundedMagnitudeWarning
 from adapterzoo.factored import FactoredWeight
 from adapterzoo.pieces import Generator, Parameters, Piece, Role, Site, Wrapper, checked_weight, initial_values
+from adapterzoo.sharded import gathered, is_sharded, write
 
 _FACTORS = frozenset({Role.INPUT_FACTOR, Role.OUTPUT_FACTOR, Role.UPDATE, Role.CORE})
+_PRECISE = frozenset({Role.MAGNITUDE, Role.ROTATION})
 
 
 class Adapter(nn.Module):
@@ -59,13 +63,14 @@ class Adapter(nn.Module):
         with torch.no_grad():
             self._take_rank(None)
             for name, value in initial_values(self.spec, replace(site, depth=self.spec.depth)).items():
-                self._value(name).copy_(value)
+                write(self._value(name), value)
         if self.inner is not None:
             self.inner.reset(site)
 
     def weight(self, site: Site) -> FactoredWeight:
         """W' of the composition in normal form, from the parameters as they are now."""
-        values = {name: self._value(name).to(site.dtype) for name in self.spec.roles}
+        values = {name: gathered(self._value(name)).to(site.dtype) for name in self.spec.roles}
+        self._check_digits()
         params, site = Parameters(values), replace(site, depth=self.spec.depth)
         if isinstance(self.spec, Wrapper) and self.inner is not None:
             inner = self.inner.weight(site)
@@ -90,6 +95,18 @@ class Adapter(nn.Module):
         self.locked = locked
         if self.inner is not None:
             self.inner.lock(locked)
+
+    def _check_digits(self) -> None:
+        """Warn where magnitudes or rotations come in 16 bits, which only FSDP2's gathering (or a user's hand) does."""
+        short = [n for n, role in self.spec.roles.items() if role in _PRECISE and self._value(n).dtype.itemsize < 4]
+        if short and not torch.compiler.is_compiling():
+            warnings.warn(
+                f"{', '.join(short)} of {type(self.spec).__name__} reach the forward in {self._value(short[0]).dtype}, "
+                "so small changes of them are lost. MixedPrecisionPolicy(param_dtype=...) of FSDP2 rounds what trains "
+                "too: leave it out, and cast the base instead (model.to(torch.bfloat16) keeps adapters in float32)",
+                RoundedMagnitudeWarning,
+                stacklevel=2,
+            )
 
     def _pinned_dtype(self, name: str) -> torch.dtype | None:
         return self.factor_dtype if self.spec.roles[name] in _FACTORS else None
@@ -125,7 +142,13 @@ class Adapter(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         for name in self.spec.roles:  # a file loaded with assign=True brings its own dtypes
             value = self._value(name)
-            value.data = value.data.to(self._pinned_dtype(name) or torch.promote_types(value.dtype, torch.float32))
+            self._set_dtype(name, value, self._pinned_dtype(name) or torch.promote_types(value.dtype, torch.float32))
+
+    def _set_dtype(self, name: str, value: Tensor, dtype: torch.dtype) -> None:
+        if not is_sharded(value):
+            value.data = value.data.to(dtype)
+        elif value.dtype is not dtype:  # the data of a DTensor can't be replaced; FSDP2 takes a new one after a load
+            setattr(self, name, nn.Parameter(value.detach().to(dtype), value.requires_grad))
 
     def _rank(self) -> int | None:
         """How many ranks the parameters have now; None if they can't be removed."""
@@ -138,6 +161,8 @@ class Adapter(nn.Module):
         rank = wanted.pop() if len(wanted) == 1 else None
         if rank is None or self._full_rank is None or rank > self._full_rank or rank == self._rank():
             return  # values that don't fit at all are torch's to report
+        if any(is_sharded(self._value(name)) for name in axes):
+            return  # what holds the shards knows one shape; torch reports the other
         for name, axis in axes.items():
             value = self._value(name)
             shape = [rank if i == axis else size for i, size in enumerate(value.shape)]

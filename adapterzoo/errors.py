@@ -95,6 +95,10 @@ class UnfrozenBaseWarning(UserWarning):
     """The base weight of an adapted layer trains, so its norms are computed anew, with gradient, at every call."""
 
 
+class RoundedMagnitudeWarning(UserWarning):
+    """Magnitudes or rotations reach a forward in 16 bits: small changes of them are lost on the way."""
+
+
 class UnattendedWarning(UserWarning):
     """An optimiser trains pieces that need something done at every step, and nobody does it."""
 

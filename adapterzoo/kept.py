@@ -15,6 +15,23 @@ Tables = Mapping[str, Tensor | None]
 State = tuple[Any, ...]
 
 
+class Identity:
+    """Which tensor a value belongs to.
+
+    A weak reference to the tensor would forbid torch to swap its contents, and a strong one would keep its memory. An
+    id alone goes to another tensor once this one is gone, and FSDP2 makes it so: what it gathers lives in tensors of
+    its own, whose contents change without a sign. So the tensor's `__dict__` is held, too: no later tensor has it.
+    """
+
+    def __init__(self, tensor: Tensor | None) -> None:
+        self._id = id(tensor)
+        self._own = None if tensor is None else tensor.__dict__
+
+    def fits(self, tensor: Tensor) -> bool:
+        """Whether this is the tensor."""
+        return self._id == id(tensor) and self._own is tensor.__dict__
+
+
 class NormCache:
     """Row norms of one frozen weight, kept until that weight changes.
 
@@ -24,13 +41,13 @@ class NormCache:
     """
 
     def __init__(self) -> None:
-        self._bound: int | None = None  # an id: a weak reference would forbid torch to swap the tensor's contents
+        self._bound: Identity | None = None
         self._kept: tuple[State, StorageWeakRef, Tensor] | None = None
 
     def bind(self, weight: Tensor) -> None:
         """Keep the norms of this tensor from now on."""
         self.clear()
-        self._bound = id(weight)
+        self._bound = Identity(weight)
 
     def clear(self) -> None:
         """Forget the values; the binding stays."""
@@ -44,9 +61,9 @@ class NormCache:
     def row_norms_sq(self, weight: Tensor) -> Tensor:
         """‖w_i‖²: [out] in float64, from the cache where the weight is the bound one and has not changed."""
         self.see(weight)
-        if torch.compiler.is_compiling() or weight.requires_grad or self._bound != id(weight):
+        if torch.compiler.is_compiling() or weight.requires_grad:
             return row_norms_sq(weight)
-        if weight.is_inference() or _is_watched():
+        if weight.is_inference() or _is_watched() or self._bound is None or not self._bound.fits(weight):
             return row_norms_sq(weight)
         kept, state = self._kept, _state(weight)  # read once: another thread may clear it
         if kept is None or state != kept[0]:
@@ -73,14 +90,14 @@ class KeptFactors(Generic[T]):
 
     def __init__(self) -> None:
         self._places: list[tuple[Tables, str]] = []
-        self._bound: list[int] = []
+        self._bound: list[Identity] = []
         # The tensors are held, so that no other one can take the place of one of them.
         self._kept: tuple[list[Tensor], list[StorageWeakRef], tuple[int, list[State]], T] | None = None
 
     def bind(self, places: Iterable[tuple[Tables, str]]) -> None:
         """Forget everything; keep what is built of the tensors in these places (a table of a module, a name)."""
         self._kept, self._places = None, list(places)
-        self._bound = [id(table.get(name)) for table, name in self._places]
+        self._bound = [Identity(table.get(name)) for table, name in self._places]
 
     def clear(self) -> None:
         """Forget everything; the binding stays."""
@@ -95,7 +112,7 @@ class KeptFactors(Generic[T]):
         if kept is not None and all(map(_same, tensors, kept[0])) and kept[2] == (steps, list(map(_state, kept[0]))):
             return kept[3]
         own = [tensor for tensor in tensors if tensor is not None and not tensor.is_inference()]
-        if list(map(id, own)) != self._bound:
+        if len(own) != len(self._bound) or not all(map(Identity.fits, self._bound, own)):
             return build()
         states = list(map(_state, own))
         with torch.inference_mode(False), torch.no_grad():

@@ -23,7 +23,9 @@ from adapterzoo.functional import factored_linear
 from adapterzoo.kept import KeptFactors, NormCache
 from adapterzoo.pieces import Piece, Site
 from adapterzoo.precision import full_precision
+from adapterzoo.sharded import gathered, is_sharded, local, sharded_like, write
 from adapterzoo.support import (
+    FILE_HOOK_TABLES,
     HOOK_TABLES,
     check_adapter_dtype,
     check_fits,
@@ -112,11 +114,11 @@ class AdaptedLinear(nn.Module):
         self._parameters = base._parameters
         with frozen(base):  # so that the norms that initial values need are kept
             adapter = Adapter(spec, self.site(), adapter_dtype)
-        for table in HOOK_TABLES:
+        for table in HOOK_TABLES + FILE_HOOK_TABLES:
             self.__dict__[table] = base.__dict__[table]
         self._is_full_backward_hook = base._is_full_backward_hook
         self._guard = self.register_forward_pre_hook(guards_fused_paths)
-        self.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
+        self._file_guard = self.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
         self.register_buffer("unmerged_weight", None, persistent=False)
         self.adapter = adapter
         self._initialised = not base.weight.is_meta
@@ -153,7 +155,7 @@ class AdaptedLinear(nn.Module):
         self._norms.see(self.weight)
         self._check_input(x)
         if self.disabled:
-            return F.linear(x, self._base_weight(), self.bias)
+            return F.linear(x, gathered(self._base_weight()), self.bias)
         if self.merged:
             self._check_no_gradient_is_lost()
             return F.linear(x, self.weight, self.bias)
@@ -216,10 +218,10 @@ class AdaptedLinear(nn.Module):
             raise MergedError(f"{where(self.name)}: the meta device can't keep a base weight; keep_base=False drops it")
         with torch.inference_mode(False), torch.no_grad():
             weight = self.effective_weight()
-            kept = self.weight.detach().to(base_device or self.weight.device) if keep_base else None
+            kept = self._to_keep(base_device) if keep_base else None
         if not bool(torch.isfinite(weight).all()):
             raise MergedError(f"{where(self.name)} has an effective weight that is not finite; nothing was merged")
-        return Merge(weight, kept, base_device)
+        return Merge(sharded_like(weight, self.weight), kept, base_device)
 
     def commit_merge(self, merge: Merge) -> None:
         """Take what `prepare_merge` gave: assignments only, nothing that can fail."""
@@ -255,6 +257,7 @@ class AdaptedLinear(nn.Module):
     def release(self) -> nn.Module:
         """The base layer, with the parameters as they are now; this layer is of no use afterwards."""
         self._guard.remove()
+        self._file_guard.remove()
         self.base._is_full_backward_hook = self._is_full_backward_hook
         self.base.train(self.training)
         return self.base
@@ -297,7 +300,7 @@ class AdaptedLinear(nn.Module):
 
     def site(self) -> Site:
         """What the pieces may know of this layer, as it is now: what initial values and norms are made of."""
-        weight = self._base_weight()
+        weight = gathered(self._base_weight())
         if weight.requires_grad and not self._warned:
             self._warned = True
             warnings.warn(
@@ -315,13 +318,27 @@ class AdaptedLinear(nn.Module):
             raise MergedError(f"{where(self.name)} {_GONE}")
         return self.unmerged_weight.to(self.weight.device)
 
+    def _to_keep(self, base_device: torch.device | str | None) -> Tensor:
+        base_weight = self.weight.detach()
+        base_weight = base_weight.clone() if is_sharded(base_weight) else base_weight  # shards are overwritten in place
+        return base_weight.to(base_device or base_weight.device)
+
     def _swap(self, weight: Tensor, merged: bool) -> None:
-        self.weight.data = weight
+        if is_sharded(self.weight):
+            write(self.weight, weight)
+        else:
+            self.weight.data = weight
         self.merged = merged
         self.adapter.lock(merged)
         self.refresh()
 
     def _check_input(self, x: Tensor) -> None:
+        if is_sharded(self.weight):
+            raise InputError(
+                self.name,
+                "holds shards of its weights (DTensors), and a forward needs them whole: call the module that "
+                "fully_shard was applied to, which gathers them; tensor parallelism is not supported",
+            )
         if x.dim() == 0 or x.shape[-1] != self.weight.shape[1]:
             raise InputError(self.name, f"takes inputs [..., {self.weight.shape[1]}]; got {list(x.shape)}")
         if x.dtype != self.weight.dtype and not torch.is_autocast_enabled(x.device.type):
@@ -351,6 +368,18 @@ class AdaptedLinear(nn.Module):
     def _on_meta(self) -> bool:
         return any(value.is_meta for value in self.adapter.state_dict().values())
 
+    # Note [Blank adapters]
+    # torch's distributed checkpoints fill what a file lacks with the model's own tensors, so the names in a file don't
+    # tell whether it brought anything. What has left the meta device is NaN until something is written to it.
+    def _make_blank(self) -> None:
+        with torch.no_grad():
+            for value in self.adapter.state_dict().values():
+                local(value).fill_(torch.nan)
+
+    def _is_blank(self) -> bool:
+        own = [local(value) for value in self.adapter.state_dict().values()]
+        return any(bool(value.isnan().all()) for value in own if value.numel() and not value.is_meta)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         was_meta = self._on_meta()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -358,6 +387,7 @@ class AdaptedLinear(nn.Module):
             self.unmerged_weight = self.unmerged_weight.to(self._base_device)
         if was_meta or self._on_meta():
             self._initialised = False
+            self._make_blank()
         self.refresh()
         return self
 
@@ -400,7 +430,8 @@ class AdaptedLinear(nn.Module):
 
     def after_load(self) -> None:
         """Take note of loaded values: a file with the whole adapter initialises it, if it is not on the meta device."""
-        self._initialised = (self._initialised or self._file_had_whole_adapter) and not self._on_meta()
+        whole = self._initialised or (self._file_had_whole_adapter and not self._is_blank())
+        self._initialised = whole and not self._on_meta()
         self.refresh()
 
     def extra_repr(self) -> str:

@@ -11,9 +11,10 @@ from torch.nn.utils import parametrize
 
 from adapterzoo.errors import MisfitError, SpecError, where
 from adapterzoo.pieces import Piece, check_is_spec, misfit
+from adapterzoo.sharded import is_sharded
 
-# Hooks that user code may hang on a module's forward and backward. A layer and its base share these tables, so hooks
-# keep firing, handles keep removing them, and they are there on the way back.
+# Hooks that user code, or FSDP2, may hang on a module. A layer and its base share these tables, so hooks keep firing,
+# handles keep removing them, and they are there on the way back.
 HOOK_TABLES = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -23,13 +24,13 @@ HOOK_TABLES = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_FILE_HOOKS = (
+FILE_HOOK_TABLES = (
     "_state_dict_hooks",
     "_state_dict_pre_hooks",
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def unsupported(module: nn.Module) -> str | None:
@@ -45,7 +46,12 @@ def unsupported(module: nn.Module) -> str | None:
         return "it has a forward of its own, which an adapter would bypass"
     if isinstance(module.weight, nn.parameter.UninitializedParameter):
         return "its shape is not known yet; run the model once first"
-    kept = [*module._buffers, *module._modules, *(table for table in _FILE_HOOKS if vars(module)[table])]
+    if is_sharded(module.weight):
+        return (
+            "its weight is in shards over several processes: for FSDP2 adapt the model first, then fully_shard it; "
+            "tensor parallel layers can't be adapted"
+        )
+    kept = [*module._buffers, *module._modules, *(table for table in FILE_HOOK_TABLES if vars(module)[table])]
     if kept:
         return f"it holds what an adapted layer would lose: {', '.join(kept)}"
     if type(module.weight) is not nn.Parameter or module.weight.dtype not in _DTYPES:

@@ -12,6 +12,7 @@ from adapterzoo.errors import MergedError, TargetError, UnsupportedLayerError, l
 from adapterzoo.layer import AdaptedLinear, adapted_layers
 from adapterzoo.pieces import Piece, check_is_spec
 from adapterzoo.plan import Adapted, LeftAlone, Plan
+from adapterzoo.sharded import reshard, wrapper_of_processes
 from adapterzoo.support import check_adapter_dtype, check_seed, unsupported
 from adapterzoo.targets import ALL_LINEAR, Pattern, Selection, Targets, select
 
@@ -118,7 +119,7 @@ def merge(model: nn.Module, keep_base: bool = True, base_device: torch.device | 
             Nothing was changed.
         TargetError: no adapted layer.
     """
-    layers = _layers(model).values()
+    layers = _settled(model).values()
     prepared = [(layer, layer.prepare_merge(keep_base, base_device)) for layer in layers]
     for layer, merged in prepared:
         layer.commit_merge(merged)
@@ -131,7 +132,7 @@ def unmerge(model: nn.Module) -> None:
         MergedError: a layer that is not merged, or that was merged with keep_base=False. Nothing was changed.
         TargetError: no adapted layer.
     """
-    layers = list(_layers(model).values())
+    layers = list(_settled(model).values())
     for layer in layers:
         layer.check_unmergeable()
     for layer in layers:
@@ -155,7 +156,7 @@ def unload(model: nn.Module, *, merge: bool) -> nn.Module:
             it was adapted. Nothing was changed.
         TargetError: no adapted layer.
     """
-    layers = _layers(model)
+    layers = _settled(model)
     prepared = {
         name: layer.prepare_merge(keep_base=False) for name, layer in layers.items() if merge and not layer.merged
     }
@@ -217,7 +218,7 @@ def reset_adapters(model: nn.Module, seed: int | None = None) -> None:
         TargetError: no adapted layer.
     """
     seed = None if seed is None else check_seed(seed)
-    layers = _layers(model).values()
+    layers = _settled(model).values()
     for layer in layers:
         layer.check_resettable()
     for layer in layers:
@@ -230,7 +231,7 @@ def refresh(model: nn.Module) -> None:
     Through `.data`, that is, through numpy, by a collective of torch.distributed, by another process, or by a replayed
     CUDA graph.
     """
-    for layer in _layers(model).values():
+    for layer in _settled(model).values():
         layer.refresh()
 
 
@@ -241,9 +242,28 @@ def _layers(model: nn.Module) -> dict[str, AdaptedLinear]:
     return layers
 
 
+def _settled(model: nn.Module) -> dict[str, AdaptedLinear]:
+    """The adapted layers, ready to be written to: what FSDP2 has gathered for a forward would be thrown away."""
+    layers = _layers(model)
+    if wrapper_of_processes(model) == "FullyShardedDataParallel":
+        raise TargetError(
+            "FullyShardedDataParallel keeps weights flat and in pieces, so they can't be changed here: use fully_shard "
+            "(FSDP2), or load a full state_dict into a model that is not wrapped"
+        )
+    reshard(model)
+    return layers
+
+
 def _check_arguments(model: nn.Module, spec: Piece | None, targets: Targets) -> None:
     if not isinstance(model, nn.Module):
         raise TargetError(f"adapt changes a torch.nn.Module, not {type(model).__name__}")
+    reshard(model)
+    wrapper = wrapper_of_processes(model)
+    if wrapper is not None:
+        raise TargetError(
+            f"the model is in a {wrapper} already, which would leave the gradients of new parameters apart in every "
+            "process; adapt the model first, then wrap it"
+        )
     if spec is not None:
         check_is_spec(spec, "adapt needs a spec")
     if isinstance(targets, Mapping):

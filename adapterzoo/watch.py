@@ -85,10 +85,11 @@ class Watch:
             return
         stepped = {id(value) for group in optimizer.param_groups for value in group["params"]}
         left_alone = [layer for layer in suspects if any(trains(p) and id(p) in stepped for p in needing(layer))]
+        if not left_alone or is_blank(optimizer):
+            return
         for layer in left_alone:
             self._needing.discard(layer)
-        if left_alone:
-            _warn(left_alone)
+        _warn(left_alone)
 
     def _is_attended(self, layer: Adapted, optimizer: Optimizer) -> bool:
         """By this optimiser, by one around it that is in its own step, or by one inside of it."""
@@ -104,6 +105,19 @@ class Watch:
 def trains(parameter: nn.Parameter) -> bool:
     """Whether a parameter trains, now or when its turn comes."""
     return parameter.requires_grad or id(parameter) in ASLEEP
+
+
+def is_blank(optimizer: Optimizer) -> bool:
+    """Whether a step is none: no parameter has a gradient; or all are zero and so is every learning rate.
+
+    torch's distributed checkpoints take one of the second kind, to make an optimiser's state.
+    """
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if not grads:
+        return True
+    if any(group["lr"] != 0 for group in optimizer.param_groups if "lr" in group):
+        return False
+    return not any(bool(grad.any()) for grad in grads)
 
 
 def needing(layer: Adapted) -> Iterator[nn.Parameter]:

@@ -55,8 +55,9 @@ class AdaLoRA(RankScaled):
 
     Deviations:
         The scale is alpha / r; the published code divides by r + 1e-5. The penalty is the published code's, a mean of
-        norms; the paper's eq. 4 is a sum of squares. λ's gradient passes the mask; in the published code λ itself is
-        set to zero at each step. Importance under a wrapper that normalises: docs/training.md.
+        norms; the paper's eq. 4 is a sum of squares. λ and its mask are two things, so that λ's gradient passes the
+        mask. The importance of step T − t_final counts; in PEFT the step before is the last that does. Importance
+        under a wrapper that normalises: docs/training.md.
     """
 
     roles: ClassVar[Mapping[str, Role]] = {

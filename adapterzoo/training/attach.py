@@ -15,7 +15,6 @@ from adapterzoo.rules import Member, Report, StepRule
 from adapterzoo.training.held import NO_PULL, pull_of_norms
 from adapterzoo.training.optimisers import (
     before_every_step,
-    is_blank,
     loss_scale,
     plain_optimizer,
     uncompiled,
@@ -23,7 +22,7 @@ from adapterzoo.training.optimisers import (
 )
 from adapterzoo.training.penalty import gradients_of_total, penalised
 from adapterzoo.training.ready import check, check_steps, earlier_attachments, ruled_pieces, trained_layers
-from adapterzoo.watch import WATCH, trains
+from adapterzoo.watch import WATCH, is_blank, trains
 
 _STEP = "adapterzoo_step"
 
@@ -241,8 +240,10 @@ class Attachment:
         def known(grads: Mapping[int, Tensor]) -> dict[str, Tensor]:
             return {name: grads[id(parameter)] for name, parameter in own.items() if id(parameter) in grads}
 
-        # The optimiser's state of a parameter is its own to begin: Adam starts it at the first step with a gradient.
-        started = {name: p for name, p in own.items() if id(p) in self._grads or p in self.optimizer.state}
+        # The optimiser's state of a parameter is its own to begin: Adam starts it at the first step with a gradient, a
+        # blank one too, and SGD without momentum never does.
+        stepped = {name for name, p in own.items() if id(p) in self._grads or (not self._seen and p.grad is not None)}
+        started = {name: p for name, p in own.items() if name in stepped or p in self.optimizer.state}
         memory = {name: self.optimizer.state[p] for name, p in started.items()}
         return Member(layer.name, part.spec, part.values(), known(self._grads), known(self._penalty_grads), memory)
 

@@ -62,19 +62,6 @@ def uncompiled(hook: Hook) -> Hook:
     return torch.compiler.disable(hook)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def is_blank(optimizer: Optimizer) -> bool:
-    """Whether a step is none: no parameter has a gradient; or all are zero and so is every learning rate.
-
-    torch's distributed checkpoints take one of the second kind, to make an optimiser's state.
-    """
-    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    if not grads:
-        return True
-    if any(group["lr"] != 0 for group in optimizer.param_groups if "lr" in group):
-        return False
-    return not any(bool(grad.any()) for grad in grads)
-
-
 def loss_scale(optimizer: Optimizer) -> torch.Tensor | None:
     """What gradients are still multiplied by in a step: a GradScaler leaves it to fused optimisers to divide."""
     return getattr(optimizer, "grad_scale", None)

@@ -33,7 +33,7 @@ def penalty(model: nn.Module) -> Tensor:
         >>> import adapterzoo as az
         >>> layer = az.AdaptedLinear(torch.nn.Linear(6, 4), az.AdaLoRA(r=2, orth_weight=0.5))
         >>> round(az.penalty(layer).item(), 2)  # about 0.5 √2: P and Q start near zero
-        0.71
+        0.7
 
     Source:
         AdaLoRA's orthogonality: Zhang et al., arXiv 2303.10512, eq. 4, in the form of its published code.

@@ -14,8 +14,8 @@ from torch.utils.hooks import RemovableHandle
 from adapterzoo.errors import TrainingError, did_you_mean, listing
 from adapterzoo.pieces import Role
 from adapterzoo.training.groups import Trained, trained
-from adapterzoo.training.optimisers import is_blank, plain_optimizer, was_skipped
-from adapterzoo.watch import ASLEEP
+from adapterzoo.training.optimisers import plain_optimizer, was_skipped
+from adapterzoo.watch import ASLEEP, is_blank
 
 Stage = str | Sequence[str]
 
