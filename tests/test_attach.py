@@ -571,6 +571,15 @@ def test_what_the_optimiser_does_not_hold_is_left_alone():
     assert before.equal(frozen.P)
 
 
+def test_a_step_of_the_head_alone_is_a_step():
+    run = Run(AdaLoRA(r=4, target_r=2, t_init=1))
+    before = copy.deepcopy(run.model.body.state_dict())
+    run.model.head(torch.ones(3, 6)).square().mean().backward()
+    run.optimiser.step()
+    assert run.attachment.step == 1
+    assert same(before, run.model.body.state_dict())
+
+
 def test_an_expert_without_a_gradient_keeps_its_numbers():
     class Experts(nn.Module):
         def __init__(self):

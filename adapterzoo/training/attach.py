@@ -104,7 +104,7 @@ class Attachment:
         self._grads: dict[int, Tensor] = {}
         self._penalty_grads: dict[int, Tensor] = {}
         self._seen: list[tuple[Tensor, int]] = []
-        self._told = False
+        self._blank = self._told = False
         # Hooks are no part of a compiled step: what they do depends on the count.
         self._handles = [
             before_every_step(optimizer, uncompiled(self._before_step)),
@@ -153,22 +153,22 @@ class Attachment:
         if self._is_prepared():
             return None
         self.in_step, self._grads, self._penalty_grads = True, {}, {}
-        if is_blank(self.optimizer):
-            self._seen = []
+        self._blank = is_blank(self.optimizer)
+        if self._blank:
             return None
+        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         scale = loss_scale(self.optimizer)
-        value = self._add_penalties(scale)
+        value = self._add_penalties(held, scale)
         for layer, part in self._measured():
-            self._keep_gradients(layer, part, scale)
+            self._keep_gradients(layer, part, held, scale)
         self._seen = self._versions()
         return value
 
-    def _add_penalties(self, scale: Tensor | None) -> Tensor | None:
+    def _add_penalties(self, held: set[int], scale: Tensor | None) -> Tensor | None:
         """Add the penalties' gradient to that of every piece that took part in the step; their sum, None if none did.
 
         A parameter without a gradient gets none: an expert that was not routed to stays as it is.
         """
-        held = self._held()
         pieces, wanted = [], []
         for part, siblings in self._penalised:
             trained = [p for p in part.parameters(recurse=False) if p.grad is not None and id(p) in held]
@@ -184,7 +184,7 @@ class Attachment:
                 parameter.grad.add_(grad if scale is None else grad * scale)
         return total
 
-    def _keep_gradients(self, layer: AdaptedLinear, part: Adapter, scale: Tensor | None) -> None:
+    def _keep_gradients(self, layer: AdaptedLinear, part: Adapter, held: set[int], scale: Tensor | None) -> None:
         """Keep the gradients of a piece, with gains held, before the optimiser may change them."""
         pull = pull_of_norms(layer) if part is layer.adapter.generator else NO_PULL
         if pull.unknown and not self._told:
@@ -196,7 +196,6 @@ class Attachment:
                 ImportanceWarning,
                 stacklevel=2,
             )
-        held = self._held()
         for name, parameter in part.named_parameters(recurse=False):
             if parameter.grad is not None and id(parameter) in held:
                 grad = parameter.grad + pull.grads[name] if name in pull.grads else parameter.grad.clone()
@@ -209,10 +208,10 @@ class Attachment:
         self.in_step = False
         if was_skipped(self.optimizer):
             return
-        step = self.step + bool(self._seen)
+        step = self.step + (not self._blank)
         for group in self.optimizer.param_groups:
             group[_STEP] = step
-        if self._seen:
+        if not self._blank:
             self.report = self._run(lambda rule, members: rule.step(members, step, self.total_steps))
         else:  # no step, but a checkpoint may be about to fill what is there already
             self._run(lambda rule, members: rule.begin(members))
@@ -242,20 +241,17 @@ class Attachment:
 
         # The optimiser's state of a parameter is its own to begin: Adam starts it at the first step with a gradient, a
         # blank one too, and SGD without momentum never does.
-        stepped = {name for name, p in own.items() if id(p) in self._grads or (not self._seen and p.grad is not None)}
+        stepped = {name for name, p in own.items() if id(p) in self._grads or (self._blank and p.grad is not None)}
         started = {name: p for name, p in own.items() if name in stepped or p in self.optimizer.state}
         memory = {name: self.optimizer.state[p] for name, p in started.items()}
         return Member(layer.name, part.spec, part.values(), known(self._grads), known(self._penalty_grads), memory)
-
-    def _held(self) -> set[int]:
-        return {id(p) for group in self.optimizer.param_groups for p in group["params"]}
 
     def _is_prepared(self) -> bool:
         """Whether gradients are as they were left: in a step inside of a step, and when a failed one is tried again."""
         now = self._versions()
         return (
             self.in_step
-            and bool(now)
+            and not self._blank
             and len(now) == len(self._seen)
             and all(a is b and v == w for (a, v), (b, w) in zip(now, self._seen, strict=True))
         )
