@@ -75,7 +75,8 @@ class UninitialisedError(AdapterError, RuntimeError):
         super().__init__(
             f"{where(layer)} was adapted on the meta device and holds no values yet: materialise it "
             "(model.to_empty(device=...)), load the base weights, then call "
-            "adapterzoo.reset_adapters(model, seed=...)"
+            "adapterzoo.reset_adapters(model, seed=...); or load trained values with model.load_state_dict "
+            "(from_pretrained writes past it, so they don't count)"
         )
 
 
