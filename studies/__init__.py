@@ -1,0 +1,1 @@
+"""Studies: questions put to the library on a real task, answered by `python -m studies <study>`."""
