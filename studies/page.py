@@ -140,6 +140,9 @@ def about(result: Result) -> Rows:
         "runs": f"{len(runs)}; {minutes[0]} minutes by the clock, {minutes[1]} of both processes together",
         "largest change of an embedding's number by compaction": f"{_largest_change(result):.1e}",
     }
+    earlier = result["runs_of_earlier_starts"]
+    if earlier:  # then commit, versions and minutes by the clock are those of the last start alone
+        entries["of these from earlier starts"] = f"{earlier} runs; the commit and the minutes are the last start's"
     return [["", ""], *([name, text] for name, text in entries.items())]
 
 

@@ -36,13 +36,13 @@ def study(
     say(f"{about['pairs']} pairs, {sum(map(len, map(_jobs, arms)))} runs at most; zero-shot first")
     zero = zero_shot(settings)
     with pool(workers) as executor:
-        outcomes, failures = run_study(arms, settings, str(about["fingerprint"]), Store(runs), executor, say)
+        outcomes, progress = run_study(arms, settings, str(about["fingerprint"]), Store(runs), executor, say)
     result = {
         "study": "ranks", "sentence": SENTENCE, "command": command, "seconds": round(perf_counter() - start),
         "machine": machine, "settings": asdict(settings), "data": about, "zero_shot": zero,
-        "arms": [asdict(arm) for arm in arms], "runs": outcomes,
+        "arms": [asdict(arm) for arm in arms], "runs_of_earlier_starts": progress.skipped, "runs": outcomes,
     }  # fmt: skip
-    return result, failures
+    return result, progress.failures
 
 
 def data_about() -> dict[str, object]:

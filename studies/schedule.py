@@ -57,8 +57,8 @@ class Progress:
 def run_study(
     arms: tuple[Arm, ...], settings: Settings, data: str, store: Store, executor: Executor, say: Callable[[str], None],
     work: Work = work,
-) -> tuple[list[Outcome], list[str]]:  # fmt: skip
-    """Tune every arm, then do the reported runs: the outcomes of all runs, and the failures as text."""
+) -> tuple[list[Outcome], Progress]:  # fmt: skip
+    """Tune every arm, then do the reported runs: the outcomes of all runs, and how it went."""
     tuning = tuning_jobs(arms)
     total = len(tuning) + sum(len(arm.seeds) for arm in arms)
     progress = Progress(say, total)
@@ -67,7 +67,7 @@ def run_study(
         return run_jobs(jobs, settings, data, store, executor, progress, work)
 
     tuned = do(tuning)
-    return tuned + do(report_jobs(arms, best_rates(tuned))), progress.failures
+    return tuned + do(report_jobs(arms, best_rates(tuned))), progress
 
 
 def run_jobs(

@@ -196,8 +196,8 @@ TWO = (Arm("one", "LoRA(r=2)", (1, 2), rates=(0.1, 0.2)), Arm("two", "LoRA(r=3)"
 def study(store, work, arms=TWO, settings=SETTINGS):
     lines = []
     with ThreadPoolExecutor(2) as executor:
-        outcomes, failures = run_study(arms, settings, "toy", Store(store), executor, lines.append, work)
-    return outcomes, failures, lines
+        outcomes, progress = run_study(arms, settings, "toy", Store(store), executor, lines.append, work)
+    return outcomes, progress, lines
 
 
 def test_a_study_tunes_reports_and_skips_what_is_done(tmp_path):
@@ -207,16 +207,18 @@ def test_a_study_tunes_reports_and_skips_what_is_done(tmp_path):
         calls.append(job)
         return outcome_of(job, score=job.lr)
 
-    outcomes, failures, lines = study(tmp_path, work)
-    assert not failures
+    outcomes, progress, lines = study(tmp_path, work)
+    assert not progress.failures
+    assert progress.skipped == 0
     assert [(o["arm"], o["lr"], o["seed"], o["role"]) for o in outcomes] == [
         ("one", 0.1, TUNING_SEED, "tune"), ("one", 0.2, TUNING_SEED, "tune"),
         ("one", 0.2, 1, "report"), ("two", 0.2, 1, "report"), ("one", 0.2, 2, "report"),
     ]  # fmt: skip
     assert len(calls) == len(lines) == 5
     assert "[5/5]" in lines[-1]
-    assert study(tmp_path, work)[0] == outcomes
-    assert len(calls) == 5
+    again, progress, _ = study(tmp_path, work)
+    assert again == outcomes
+    assert progress.skipped == len(calls) == 5
     (tmp_path / f"{calls[-1].key}.json").unlink()
     assert study(tmp_path, work)[0] == outcomes
     assert len(calls) == 6
@@ -230,9 +232,9 @@ def test_a_failed_run_is_named_and_tried_again(tmp_path):
             raise RuntimeError("no")
         return outcome_of(job)
 
-    outcomes, failures, lines = study(tmp_path, work)
+    outcomes, progress, lines = study(tmp_path, work)
     assert len(outcomes) == 4
-    assert failures == ["one, learning rate 0.1, seed 2 (report): RuntimeError: no"]
+    assert progress.failures == ["one, learning rate 0.1, seed 2 (report): RuntimeError: no"]
     assert any("failed: one" in line for line in lines)
     assert len(study(tmp_path, lambda job, settings: outcome_of(job))[0]) == 5
 
@@ -354,9 +356,11 @@ def test_the_page_follows_the_results(result):
     changed = next(run for run in other["runs"] if run["arm"] == ADALORA and run["role"] == "report")
     changed["accuracy"] += 0.1
     changed["ranks"][-1] = changed["ranks"][-1][::-1]
+    other["runs_of_earlier_starts"] = 3
     text = page.PAGE.read_text()
     before, after = text.splitlines(), page.filled(text, other).splitlines()
-    lines = [line for line, old in zip(after, before, strict=True) if line != old]
+    lines = [line for line in after if line not in before]
+    assert any(line.startswith("| of these from earlier starts | 3 runs") for line in lines)
     assert any(line.startswith(f"| {ADALORA} | 0.01") for line in lines)  # its accuracy
     assert any(line.startswith(f"| {PEFTS} and {ADALORA}") for line in lines)  # its ranks
 

@@ -125,7 +125,10 @@ class Attachment:
 
     @property
     def penalty_share(self) -> float:
-        """The share of the last step's importance that came from penalties; NaN before a step, or if not added here."""
+        """The share of the last step's importance that came from penalties.
+
+        NaN before the first step, after the last allocation, and where penalties are not added here.
+        """
         task, penalty = (float(self.report.get(name, 0.0)) for name in ("importance", "importance_of_penalty"))
         return penalty / (task + penalty) if self.adds_penalty and task + penalty > 0 else float("nan")
 
