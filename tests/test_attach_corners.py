@@ -570,16 +570,6 @@ def test_an_lbfgs_that_has_not_begun_can_be_given():
     assert az.compact(model, torch.optim.LBFGS(trained(model)))["body.0"] == 3
 
 
-def test_the_optimiser_that_is_given_comes_before_the_attached_one():
-    run = Run(ADA).go(0, 14)
-    other = torch.optim.SGD(trained(run.model), lr=0.1, momentum=0.9)
-    loss_of(run.model, 0).backward()
-    assert not warned(other.step) or True
-    az.compact(run.model, other)
-    for parameter in trained(run.model):
-        assert other.state[parameter]["momentum_buffer"].shape == parameter.shape
-
-
 def test_an_optimisers_state_may_hold_numbers_and_gets_no_entries_of_buffers():
     run = Run(ADA).go(0, 14)
     for entry in run.optimiser.state.values():
@@ -663,3 +653,12 @@ def test_what_keeps_weights_flat_can_not_be_adapted_or_merged(monkeypatch):
     model = Model(ADA)
     with pytest.raises(TargetError, match="FullyShardedDataParallel keeps weights flat"):
         az.merge(FullyShardedDataParallel(model))
+
+
+def test_compaction_refuses_another_optimiser_than_the_attached_one():
+    run = Run(ADA).go(0, 14)
+    other = torch.optim.SGD(trained(run.model), lr=0.1)
+    with pytest.raises(TrainingError, match="is attached to another optimiser than the given one"):
+        az.compact(run.model, other)
+    az.compact(run.model, run.optimiser)
+    run.go(14, 15)

@@ -89,6 +89,8 @@ def _prepare(layer: AdaptedLinear, part: Adapter, name: str, axis: int, given: O
     optimizer = given if attendant is None or given is not None else attendant.optimizer
     if isinstance(optimizer, LBFGS) and optimizer.state:
         raise TrainingError(f"{what}: L-BFGS has one memory for all parameters, which can't be cut; begin a new one")
+    if given is not None and attendant is not None and attendant.optimizer is not given:
+        raise TrainingError(f"{what} is attached to another optimiser than the given one; give that one, or none")
     held = [] if given is None else [p for group in given.param_groups for p in group["params"]]
     if given is not None and isinstance(old, nn.Parameter) and not any(p is old for p in held):
         raise TrainingError(f"{what} is not held by the optimiser that was given; give the one that trains it, or none")
