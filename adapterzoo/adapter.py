@@ -30,6 +30,7 @@ class Adapter(nn.Module):
     """
 
     inner: "Adapter | None"
+    roles: dict[str, Role]  # of the parameters that it has: a piece may leave out some of those that it declares
 
     def __init__(self, spec: Piece, site: Site, factor_dtype: torch.dtype | None = None) -> None:
         super().__init__()
@@ -37,7 +38,9 @@ class Adapter(nn.Module):
         self.factor_dtype = factor_dtype
         self.locked = False
         self.inner = Adapter(spec.inner, site, factor_dtype) if isinstance(spec, Wrapper) else None
-        for name, value in initial_values(spec, replace(site, depth=spec.depth)).items():
+        initial = initial_values(spec, replace(site, depth=spec.depth))
+        self.roles = {name: role for name, role in spec.roles.items() if name in initial}
+        for name, value in initial.items():
             value = value.to(self._pinned_dtype(name) or value.dtype)
             if spec.roles[name] is Role.BUFFER:
                 self.register_buffer(name, value)
@@ -56,7 +59,7 @@ class Adapter(nn.Module):
 
     def values(self) -> dict[str, Tensor]:
         """The piece's own parameters and buffers by name: the tensors themselves."""
-        return {name: self._value(name) for name in self.spec.roles}
+        return {name: self._value(name) for name in self.roles}
 
     def reset(self, site: Site) -> None:
         """Set every value of the composition to its initial one, in place."""
@@ -69,7 +72,7 @@ class Adapter(nn.Module):
 
     def weight(self, site: Site) -> FactoredWeight:
         """W' of the composition in normal form, from the parameters as they are now."""
-        values = {name: gathered(self._value(name)).to(site.dtype) for name in self.spec.roles}
+        values = {name: gathered(self._value(name)).to(site.dtype) for name in self.roles}
         self._check_digits()
         params, site = Parameters(values), replace(site, depth=self.spec.depth)
         if isinstance(self.spec, Wrapper) and self.inner is not None:
@@ -81,7 +84,7 @@ class Adapter(nn.Module):
     def places(self) -> list[tuple[Mapping[str, Tensor | None], str]]:
         """Where every parameter and buffer of the composition stands: the table of its module, and its name there."""
         inside = [] if self.inner is None else self.inner.places()
-        roles = self.spec.roles.items()
+        roles = self.roles.items()
         return inside + [(self._buffers if role is Role.BUFFER else self._parameters, name) for name, role in roles]
 
     def _value(self, name: str) -> Tensor:
@@ -98,7 +101,7 @@ class Adapter(nn.Module):
 
     def _check_digits(self) -> None:
         """Warn where magnitudes or rotations come in 16 bits, which only FSDP2's gathering (or a user's hand) does."""
-        short = [n for n, role in self.spec.roles.items() if role in _PRECISE and self._value(n).dtype.itemsize < 4]
+        short = [n for n, role in self.roles.items() if role in _PRECISE and self._value(n).dtype.itemsize < 4]
         if short and not torch.compiler.is_compiling():
             warnings.warn(
                 f"{', '.join(short)} of {type(self.spec).__name__} reach the forward in {self._value(short[0]).dtype}, "
@@ -113,9 +116,7 @@ class Adapter(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move as every module moves, but never below float32: `.half()` moves the base, not what trains."""
-        pinned = {
-            id(value) for name in self.spec.roles if self._pinned_dtype(name) for value in self._value_and_grad(name)
-        }
+        pinned = {id(value) for name in self.roles if self._pinned_dtype(name) for value in self._value_and_grad(name)}
 
         def keep_precision(value: Tensor) -> Tensor:
             moved = fn(value)
@@ -140,7 +141,7 @@ class Adapter(nn.Module):
             return
         self._take_rank({name: state_dict.get(prefix + name) for name in self.spec.rank_axes})
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
-        for name in self.spec.roles:  # a file loaded with assign=True brings its own dtypes
+        for name in self.roles:  # a file loaded with assign=True brings its own dtypes
             value = self._value(name)
             self._set_dtype(name, value, self._pinned_dtype(name) or torch.promote_types(value.dtype, torch.float32))
 
@@ -174,7 +175,7 @@ class Adapter(nn.Module):
 
     def extra_repr(self) -> str:
         """The piece and the shapes of its own parameters."""
-        shapes = ", ".join(f"{name}: {list(self._value(name).shape)}" for name in self.spec.roles)
+        shapes = ", ".join(f"{name}: {list(self._value(name).shape)}" for name in self.roles)
         return f"{type(self.spec).__name__}, {shapes}"
 
 

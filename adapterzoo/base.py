@@ -1,13 +1,34 @@
 """What an adapter may ask of the weight under it: four calls."""
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from math import prod
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from adapterzoo.kept import NormCache
-from adapterzoo.wide import in_forward_mode, row_blocks
+from adapterzoo.wide import in_forward_mode, row_blocks, row_norms_sq
+
+
+class WeightShape(NamedTuple):
+    """The shape of a weight as a matrix W: [out, in], and the kernel that its columns are made of.
+
+    Args:
+        out_features: rows of W: outputs, filters, or the dimensions of an embedding.
+        in_features: columns of W: inputs, in/groups · kernel elements, or the entries of an embedding.
+        kernel: the spatial size of a convolution's kernel, such as (3, 3); () for other layers.
+    """
+
+    out_features: int
+    in_features: int
+    kernel: tuple[int, ...] = ()
+
+    @property
+    def in_channels(self) -> int:
+        """Inputs that a filter reads at each place of its kernel: in/groups."""
+        return self.in_features // max(1, prod(self.kernel))
 
 
 class Base(Protocol):
@@ -17,8 +38,8 @@ class Base(Protocol):
     """
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in)."""
+    def shape(self) -> WeightShape:
+        """(out, in), and the kernel of a convolution."""
         ...
 
     @property
@@ -54,21 +75,30 @@ class Base(Protocol):
 
 
 class DenseBase:
-    """A weight that is an ordinary floating-point matrix.
+    """A weight that is an ordinary floating-point tensor, stored in any layout.
 
     Args:
-        weight: W: [out, in].
+        weight: the weight as its layer stores it.
         norms: where its row norms are kept between calls.
+        matrix: from that layout to W: [out, in].
+        kernel: the spatial size of a convolution's kernel.
     """
 
-    def __init__(self, weight: Tensor, norms: NormCache) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        norms: NormCache,
+        matrix: Callable[[Tensor], Tensor] | None = None,
+        kernel: tuple[int, ...] = (),
+    ) -> None:
         self.weight = weight
-        self._norms = norms
+        self.matrix = weight if matrix is None else matrix(weight)
+        self._to_matrix, self._norms, self._kernel = matrix, norms, kernel
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in)."""
-        return self.weight.shape[0], self.weight.shape[1]
+    def shape(self) -> WeightShape:
+        """(out, in), and the kernel."""
+        return WeightShape(self.matrix.shape[0], self.matrix.shape[1], self._kernel)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -82,7 +112,7 @@ class DenseBase:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """W."""
+        """The weight as it is stored."""
         return (self.weight,)
 
     def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -90,27 +120,30 @@ class DenseBase:
 
         Without a bias, an x wider than W is never rounded: W is widened by row blocks.
         """
-        if bias is None and _wider(x, self.weight):
+        if bias is None and _wider(x, self.matrix):
             if in_forward_mode():
-                return F.linear(x, self.weight.to(x.dtype))
-            return _Apply.apply(x, self.weight)  # type: ignore[no-any-return, no-untyped-call]
-        return F.linear(x, self.weight, bias)
+                return F.linear(x, self.matrix.to(x.dtype))
+            return _Apply.apply(x, self.matrix)  # type: ignore[no-any-return, no-untyped-call]
+        return F.linear(x, self.matrix, bias)
 
     def apply_t(self, y: Tensor) -> Tensor:
         """Y W: [..., out] -> [..., in]. A y wider than W is never rounded, and W is widened by row blocks."""
-        if _wider(y, self.weight):
+        if _wider(y, self.matrix):
             if in_forward_mode():
-                return y @ self.weight.to(y.dtype)
-            return _ApplyT.apply(y, self.weight)  # type: ignore[no-any-return, no-untyped-call]
-        return y @ self.weight
+                return y @ self.matrix.to(y.dtype)
+            return _ApplyT.apply(y, self.matrix)  # type: ignore[no-any-return, no-untyped-call]
+        return y @ self.matrix
 
     def row_norms_sq(self) -> Tensor:
         """‖w_i‖²: [out] in float64."""
-        return self._norms.row_norms_sq(self.weight)
+        return self._norms.row_norms_sq(self.weight, self._row_norms_sq)
+
+    def _row_norms_sq(self, weight: Tensor) -> Tensor:
+        return row_norms_sq(weight if self._to_matrix is None else self._to_matrix(weight))
 
     def dense(self) -> Tensor:
         """W: [out, in]."""
-        return self.weight
+        return self.matrix
 
 
 def _wider(x: Tensor, weight: Tensor) -> bool:

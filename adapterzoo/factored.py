@@ -15,11 +15,14 @@ class RightFactor:
     Args:
         base: the weight under the adapter.
         value: V: [R, in].
+        steps: on a convolution, the first rows of V as a kernel [r, k, *kernel] after a map of the channels
+            [k, in/groups]: what they are the product of.
     """
 
-    def __init__(self, base: Base, value: Tensor) -> None:
+    def __init__(self, base: Base, value: Tensor, steps: tuple[Tensor, Tensor] | None = None) -> None:
         self.base = base
         self.value = value
+        self.steps = steps
         self._projected: Tensor | None = None
         self._gram: Tensor | None = None
 
@@ -47,7 +50,7 @@ class RightFactor:
 
     def extended(self, rows: Tensor) -> "RightFactor":
         """[V; rows]: [R + n, in]. What is known of V's product with W is carried over."""
-        longer = RightFactor(self.base, torch.cat([self.value, rows]))
+        longer = RightFactor(self.base, torch.cat([self.value, rows]), self.steps)
         if self._projected is not None and not self._lacks_graph(self._projected):
             longer._projected = torch.cat([self._projected, self.base.apply(rows).mT], dim=1)
         return longer
@@ -147,10 +150,18 @@ class FactoredWeight:
 
         ‖W' − W‖²_F = Σ δ_i²‖w_i‖² + 2 Σ δ_i ⟨(W Vᵀ)_i, U_i⟩ + tr((UᵀU)(V Vᵀ)), clamped at zero before the root.
         """
+        return safe_sqrt(self._update_squares().sum(dim=0, keepdim=True))
+
+    def update_row_norms(self) -> Tensor:
+        """‖(W' − W)_i‖ of every row: [out], in float64, with the subgradient 0 on a zero row."""
+        return safe_sqrt(self._update_squares())
+
+    def _update_squares(self) -> Tensor:
+        """‖(W' − W)_i‖²: [out], in float64."""
         if self.remainder is not None:
-            return safe_sqrt(row_norms_sq(self.dense_update()).sum()[None])
+            return row_norms_sq(self.dense_update())
         gain = None if self.delta is None else wide(self.delta)
-        return safe_sqrt(self._row_squares(self.base.row_norms_sq(), gain).sum(dim=0, keepdim=True))
+        return self._row_squares(self.base.row_norms_sq(), gain)
 
     def _row_squares(self, squares: Tensor, gain: Tensor | None) -> Tensor:
         """‖gain_i w_i + (U V)_i‖²: [out], in float64; no gain is 0."""

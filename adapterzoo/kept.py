@@ -58,17 +58,22 @@ class NormCache:
         if weight.requires_grad:
             self.clear()
 
-    def row_norms_sq(self, weight: Tensor) -> Tensor:
-        """‖w_i‖²: [out] in float64, from the cache where the weight is the bound one and has not changed."""
+    def row_norms_sq(self, weight: Tensor, compute: Callable[[Tensor], Tensor] = row_norms_sq) -> Tensor:
+        """‖w_i‖²: [out] in float64, from the cache where the weight is the bound one and has not changed.
+
+        Args:
+            weight: the weight as its layer stores it.
+            compute: makes the values of it; of a matrix [out, in] if not given.
+        """
         self.see(weight)
         if torch.compiler.is_compiling() or weight.requires_grad:
-            return row_norms_sq(weight)
+            return compute(weight)
         if weight.is_inference() or _is_watched() or self._bound is None or not self._bound.fits(weight):
-            return row_norms_sq(weight)
+            return compute(weight)
         kept, state = self._kept, _state(weight)  # read once: another thread may clear it
         if kept is None or state != kept[0]:
             with torch.inference_mode(False), torch.no_grad():
-                kept = self._kept = (state, _hold(weight), row_norms_sq(weight))
+                kept = self._kept = (state, _hold(weight), compute(weight))
         return kept[2]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "NormCache":

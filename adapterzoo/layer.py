@@ -1,15 +1,15 @@
 """AdaptedLinear: a base layer, a spec and parameters. It knows no piece by name."""
 
 import warnings
-from collections.abc import Callable
-from typing import Any, NamedTuple, Self
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from adapterzoo.adapter import Adapter
-from adapterzoo.base import DenseBase
+from adapterzoo.base import WeightShape
 from adapterzoo.errors import (
     InputError,
     MergedError,
@@ -19,7 +19,7 @@ from adapterzoo.errors import (
     where,
 )
 from adapterzoo.factored import FactoredWeight
-from adapterzoo.functional import factored_linear
+from adapterzoo.forms import Form, form_of
 from adapterzoo.kept import KeptFactors, NormCache
 from adapterzoo.pieces import Piece, Site
 from adapterzoo.precision import full_precision
@@ -40,27 +40,36 @@ _GONE = "was merged with keep_base=False: its base weight is gone; unload(model,
 
 
 class Merge(NamedTuple):
-    """What a merge will store: W', the base weight to keep (None: it is dropped), and where it was asked to be."""
+    """What a merge will store: W', the base weight to keep (None: it is dropped), and where it was asked to be.
+
+    `lost` is ‖round(W') − W'‖_F / ‖W' − W‖_F, the share of the update that rounding to the weight's dtype takes.
+    """
 
     weight: Tensor
     kept: Tensor | None
     base_device: torch.device | str | None
+    lost: float
 
 
 class AdaptedLinear(nn.Module):
-    """A linear layer whose weight is conditioned by any composition of pieces.
+    """A linear layer, convolution or embedding whose weight is conditioned by any composition of pieces.
 
         y = x W'ᵀ + bias,  W' = W + diag(δ) W + U V + D  (docs/algebra.md)
 
     It stands in for its base: it holds the base's own parameters under the base's own names (`weight`, `bias`, beside
-    `adapter.…`), so a checkpoint of the base loads into it, and `in_features`, `out_features` and hooks are the base's.
-    It freezes the base. W' is never formed in forward, except for pieces without structure.
+    `adapter.…`), so a checkpoint of the base loads into it, and the base's attributes and hooks are its own. It
+    freezes the base. W' is never formed in forward, except for pieces without structure.
+
+    Everything acts on W: [out, in], a matrix: the weight of an nn.Linear, that of Transformers' Conv1D transposed, the
+    kernel of a convolution with a row for every filter, [out, in/groups · kernel], or the weight of an embedding
+    transposed, [embedding_dim, num_embeddings] (docs/layers.md).
 
     Shapes:
-        input [..., in_features], output [..., out_features].
+        input and output are the base's: [..., in_features] and [..., out_features] of an nn.Linear.
 
     Args:
-        base: an nn.Linear; it is frozen, and its parameters become this layer's.
+        base: an nn.Linear, nn.Conv1d, Conv2d, Conv3d, nn.Embedding, Transformers' Conv1D, or a quantised linear layer;
+            it is frozen, and its parameters become this layer's.
         spec: what adapts it, such as MAP(AdaLoRA(r=16)).
         seed: seed of the initial values, together with `name`; the global random state is neither read nor changed.
         name: the layer's name in its model, for streams of random numbers and for messages.
@@ -70,7 +79,7 @@ class AdaptedLinear(nn.Module):
             instead of x Wᵀ. An operation that changes y in place is then torch's error in the backward.
 
     Raises:
-        UnsupportedLayerError: base is not an nn.Linear with an ordinary floating-point weight.
+        UnsupportedLayerError: base is of another kind, or has something that an adapter would bypass or lose.
         SpecError: spec is no spec.
         MisfitError: the spec does not fit the shape of the layer.
 
@@ -83,14 +92,14 @@ class AdaptedLinear(nn.Module):
     """
 
     adapter: Adapter
-    base: nn.Linear
+    base: nn.Module
+    form: Form
     weight: nn.Parameter
-    bias: nn.Parameter | None
     unmerged_weight: Tensor | None
 
     def __init__(
         self,
-        base: nn.Linear,
+        base: nn.Module,
         spec: Piece,
         *,
         seed: int = 0,
@@ -99,16 +108,17 @@ class AdaptedLinear(nn.Module):
         lean: bool = False,
     ) -> None:
         super().__init__()
-        problem = unsupported(base)
-        if problem is not None:
-            raise UnsupportedLayerError(name, type(base).__name__, problem)
+        problem, kind = unsupported(base), form_of(base)
+        if problem is not None or kind is None:
+            raise UnsupportedLayerError(name, type(base).__name__, str(problem))
+        self.form = kind(base)
         check_adapter_dtype(adapter_dtype)
-        spec = check_fits(spec, base, name)
+        spec = check_fits(spec, self.form.shape, name)
         self.name, self.seed, self.lean = name, check_seed(seed), lean
         self.merged, self.disabled, self._warned = False, False, False
         self._base_device: torch.device | str | None = None
         self._norms = NormCache()
-        self._norms.bind(base.weight)
+        self._norms.bind(cast(Tensor, base.weight))
         self._factors: KeptFactors[FactoredWeight] = KeptFactors()
         self.__dict__["base"] = base  # kept, but no submodule: its parameters are this layer's own
         self._parameters = base._parameters
@@ -121,7 +131,7 @@ class AdaptedLinear(nn.Module):
         self._file_guard = self.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
         self.register_buffer("unmerged_weight", None, persistent=False)
         self.adapter = adapter
-        self._initialised = not base.weight.is_meta
+        self._initialised = not self.weight.is_meta
         self._file_had_whole_adapter = False
         self._factors.bind([(self._parameters, "weight"), *adapter.places()])
         self.train(base.training)
@@ -133,45 +143,59 @@ class AdaptedLinear(nn.Module):
         return self.adapter.spec
 
     @property
+    def kind(self) -> str:
+        """What kind of layer it is: "linear", "transposed", "convolution", "embedding", or that of a quantised one."""
+        return self.form.kind
+
+    @property
+    def shape(self) -> WeightShape:
+        """(out, in) of W as a matrix, and the kernel of a convolution."""
+        return self.form.shape
+
+    @property
     def in_features(self) -> int:
-        """Columns of the weight."""
-        return int(self.weight.shape[1])
+        """Columns of W as a matrix."""
+        return self.form.shape.in_features
 
     @property
     def out_features(self) -> int:
-        """Rows of the weight."""
-        return int(self.weight.shape[0])
+        """Rows of W as a matrix."""
+        return self.form.shape.out_features
+
+    def __getattr__(self, name: str) -> Any:
+        """As every module; and what models read of their layers, such as a convolution's stride, is the base's."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            base = self.__dict__.get("base")
+            if base is None or name.startswith("_") or not hasattr(base, name):
+                raise
+            return getattr(base, name)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply W' and the bias: [..., in] -> [..., out].
+        """Apply W' and the bias, as the base applies W and the bias.
 
         Raises:
-            InputError: the input's width is not in_features, or its dtype not the weight's, outside autocast.
+            InputError: the input has a shape or, outside autocast, a dtype that the layer can't take.
             MergedError: the layer is merged and a gradient of the adapter is asked for.
             UninitialisedError: the adapter was allocated on the meta device and has no values yet.
         """
-        if x.is_nested:
+        if x.is_nested and self.form.token_wise:
             return self._forward_nested(x)
         self._norms.see(self.weight)
         self._check_input(x)
         if self.disabled:
-            return F.linear(x, gathered(self._base_weight()), self.bias)
+            return self.form.plain(x, gathered(self._base_weight()), self._bias)
         if self.merged:
             self._check_no_gradient_is_lost()
-            return F.linear(x, self.weight, self.bias)
+            return self.form.plain(x, self.weight, self._bias)
         weight = self._factors.get(self.factored_weight)
-        return factored_linear(
-            x,
-            weight.base,
-            weight.delta,
-            weight.U,
-            None if weight.V is None else weight.V.value,
-            self.bias,
-            remainder=weight.remainder,
-            dropout=weight.dropout if self.training else 0.0,
-            drop_rows=weight.drop_rows,
-            lean=self.lean,
-        )
+        dropout = weight.dropout if self.training else 0.0
+        return self.form.adapted(x, self.weight, weight, self._bias, dropout, self.lean)
+
+    @property
+    def _bias(self) -> Tensor | None:
+        return self._parameters.get("bias")
 
     def factored_weight(self) -> FactoredWeight:
         """W' in normal form, from the parameters as they are now; differentiable."""
@@ -181,31 +205,39 @@ class AdaptedLinear(nn.Module):
             return self.adapter.weight(self.site())
 
     def effective_weight(self) -> Tensor:
-        """W': [out, in], in the weight's dtype, rounded once; differentiable. Dropout is no part of it."""
+        """W', in the weight's layout and dtype, rounded once; differentiable. Dropout is no part of it."""
         with full_precision(self.weight.device.type):
-            return self.factored_weight().dense().to(self.weight.dtype)
+            weight = self.factored_weight()
+            return self.form.stored(weight.dense()).to(weight.base.dtype)
 
     def delta_weight(self) -> Tensor:
-        """W' − W: [out, in], in the weight's dtype, computed without the subtraction; differentiable."""
+        """W' − W, in the weight's layout and dtype, computed without the subtraction; differentiable."""
         with full_precision(self.weight.device.type):
-            return self.factored_weight().dense_update().to(self.weight.dtype)
+            weight = self.factored_weight()
+            return self.form.stored(weight.dense_update()).to(weight.base.dtype)
 
-    def merge(self, keep_base: bool = True, base_device: torch.device | str | None = None) -> None:
+    def merge(
+        self, keep_base: bool = True, base_device: torch.device | str | None = None, dequantize: bool = False
+    ) -> None:
         """Put W' in the place of the weight. The base weight is kept, so `unmerge` gives it back bit for bit.
 
         While merged, `state_dict()` still holds the base weight; loading, merging again and a forward that wants a
-        gradient of the adapter are errors.
+        gradient of the adapter are errors. W' is formed in at least float32 and rounded once, to the weight's dtype.
 
         Args:
             keep_base: False drops the base weight, to save memory; then there is no way back.
             base_device: where to keep it; where it is by default.
+            dequantize: put an ordinary weight in the place of a quantised one, which can't hold W'.
 
         Raises:
-            MergedError: merged already, W' is not finite, or base_device can't keep anything. Nothing was changed.
+            MergedError: merged already, W' is not finite, base_device can't keep anything, or the weight is quantised
+                and `dequantize` is not given. Nothing was changed.
         """
-        self.commit_merge(self.prepare_merge(keep_base, base_device))
+        self.commit_merge(self.prepare_merge(keep_base, base_device, dequantize))
 
-    def prepare_merge(self, keep_base: bool = True, base_device: torch.device | str | None = None) -> Merge:
+    def prepare_merge(
+        self, keep_base: bool = True, base_device: torch.device | str | None = None, dequantize: bool = False
+    ) -> Merge:
         """Everything that `merge` computes and that can fail; the layer is left as it is.
 
         Raises:
@@ -214,18 +246,37 @@ class AdaptedLinear(nn.Module):
         if self.merged:
             raise MergedError(f"{where(self.name)} is already merged; there is nothing to do")
         self.check_own_weight()
+        if not (self.form.is_dense or dequantize):
+            raise MergedError(
+                f"{where(self.name)} has a quantised weight ({self.kind}), which can't hold the merged one: "
+                "dequantize=True puts an ordinary weight in its place, which takes the memory of one"
+            )
         if base_device is not None and torch.device(base_device).type == "meta":
             raise MergedError(f"{where(self.name)}: the meta device can't keep a base weight; keep_base=False drops it")
         with torch.inference_mode(False), torch.no_grad():
-            weight = self.effective_weight()
+            weight, lost = self._merged_weight()
             kept = self._to_keep(base_device) if keep_base else None
         if not bool(torch.isfinite(weight).all()):
             raise MergedError(f"{where(self.name)} has an effective weight that is not finite; nothing was merged")
-        return Merge(sharded_like(weight, self.weight), kept, base_device)
+        return Merge(sharded_like(weight, self.weight), kept, base_device, lost)
+
+    def _merged_weight(self) -> tuple[Tensor, float]:
+        """W' in the weight's layout and dtype, and the share of W' − W that rounding to that dtype takes."""
+        with full_precision(self.weight.device.type):
+            weight = self.factored_weight()
+            exact = self.form.stored(weight.dense())
+            rounded = exact.to(weight.base.dtype).contiguous()
+            lost = 0.0
+            if rounded.dtype != exact.dtype:
+                size = float(weight.update_norm())
+                lost = float(torch.linalg.vector_norm(rounded - exact)) / size if size else 0.0
+        if self.form.is_dense and not is_sharded(self.weight):  # in the base's own strides, such as channels_last
+            rounded = torch.empty_like(self.weight, requires_grad=False).copy_(rounded)
+        return rounded, lost
 
     def commit_merge(self, merge: Merge) -> None:
         """Take what `prepare_merge` gave: assignments only, nothing that can fail."""
-        self.unmerged_weight, self._base_device = merge.kept, merge.base_device
+        self._buffers["unmerged_weight"], self._base_device = merge.kept, merge.base_device
         self._swap(merge.weight, merged=True)
 
     def unmerge(self) -> None:
@@ -236,7 +287,7 @@ class AdaptedLinear(nn.Module):
         """
         self.check_unmergeable()
         base_weight = self._base_weight()
-        self.unmerged_weight = None
+        self._buffers["unmerged_weight"] = None
         self._swap(base_weight, merged=False)
 
     def check_unmergeable(self) -> None:
@@ -259,8 +310,7 @@ class AdaptedLinear(nn.Module):
         self._guard.remove()
         self._file_guard.remove()
         self.base._is_full_backward_hook = self._is_full_backward_hook
-        self.base.train(self.training)
-        return self.base
+        return self.form.released().train(self.training)
 
     def reset(self, seed: int | None = None) -> None:
         """Set the adapter to its initial values, from the base weight as it is now.
@@ -309,22 +359,29 @@ class AdaptedLinear(nn.Module):
                 UnfrozenBaseWarning,
                 stacklevel=2,
             )
-        return Site(DenseBase(weight, self._norms), _factor_dtype(weight), self.name, self.seed)
+        base = self.form.base(weight, self._norms)
+        dtype = torch.promote_types(base.dtype, torch.float32)
+        return Site(base, dtype, self.name, self.seed, one_hot=self.form.one_hot)
 
     def _base_weight(self) -> Tensor:
         if not self.merged:
             return self.weight
         if self.unmerged_weight is None:
             raise MergedError(f"{where(self.name)} {_GONE}")
-        return self.unmerged_weight.to(self.weight.device)
+        kept = self.unmerged_weight
+        return kept if kept.device == self.weight.device else kept.to(self.weight.device)
 
     def _to_keep(self, base_device: torch.device | str | None) -> Tensor:
+        if not self.form.is_dense:  # the parameter itself: its class knows how its values are read
+            return self.weight if base_device is None else self.weight.to(base_device)
         base_weight = self.weight.detach()
         base_weight = base_weight.clone() if is_sharded(base_weight) else base_weight  # shards are overwritten in place
         return base_weight.to(base_device or base_weight.device)
 
     def _swap(self, weight: Tensor, merged: bool) -> None:
-        if is_sharded(self.weight):
+        if not self.form.is_dense:
+            self._parameters["weight"] = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, False)
+        elif is_sharded(self.weight):
             write(self.weight, weight)
         else:
             self.weight.data = weight
@@ -339,13 +396,9 @@ class AdaptedLinear(nn.Module):
                 "holds shards of its weights (DTensors), and a forward needs them whole: call the module that "
                 "fully_shard was applied to, which gathers them; tensor parallelism is not supported",
             )
-        if x.dim() == 0 or x.shape[-1] != self.weight.shape[1]:
-            raise InputError(self.name, f"takes inputs [..., {self.weight.shape[1]}]; got {list(x.shape)}")
-        if x.dtype != self.weight.dtype and not torch.is_autocast_enabled(x.device.type):
-            raise InputError(
-                self.name,
-                f"has a weight of {self.weight.dtype} and got an input of {x.dtype}: cast one, or use autocast",
-            )
+        problem = self.form.bad_input(x, self.weight)
+        if problem is not None:
+            raise InputError(self.name, problem)
 
     def _check_no_gradient_is_lost(self) -> None:
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.adapter.parameters()):
@@ -404,9 +457,22 @@ class AdaptedLinear(nn.Module):
             self._norms.bind(param)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.merged and not self.form.is_dense:
+            with self._base_weight_in_place():
+                self.base._save_to_state_dict(destination, prefix, keep_vars)
+            return
+        self.base._save_to_state_dict(destination, prefix, keep_vars)
         if self.merged:
             destination[prefix + "weight"] = self._base_weight()
+
+    @contextmanager
+    def _base_weight_in_place(self) -> Iterator[None]:
+        merged = self._parameters["weight"]
+        self._parameters["weight"] = cast(nn.Parameter, self._base_weight())
+        try:
+            yield
+        finally:
+            self._parameters["weight"] = merged
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool,
@@ -435,21 +501,13 @@ class AdaptedLinear(nn.Module):
         self.refresh()
 
     def extra_repr(self) -> str:
-        """Shape, bias and spec."""
-        state = ", merged" if self.merged else ""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"spec={self.spec!r}{state}"
-        )
+        """What the base says of itself, and the spec."""
+        return f"{self.base.extra_repr()}, spec={self.spec!r}{', merged' if self.merged else ''}"
 
 
 def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
     """The adapted layers of a model by name, each once; none is fine."""
     return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
-
-
-def _factor_dtype(weight: Tensor) -> torch.dtype:
-    return torch.promote_types(weight.dtype, torch.float32)
 
 
 def _after_load(layer: nn.Module, keys: Any) -> None:

@@ -11,7 +11,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError
 from torch import Tensor
 
-from adapterzoo.base import Base
+from adapterzoo.base import Base, WeightShape
 from adapterzoo.errors import PieceError, SpecError, did_you_mean, where
 from adapterzoo.factored import FactoredWeight, RightFactor
 from adapterzoo.rules import StepRule
@@ -60,6 +60,7 @@ class Site:
         layer: name of the layer in its model, "" if it stands alone.
         seed: the user's seed.
         depth: where the piece stands in the composition, counted from the generator (0).
+        one_hot: whether the layer's inputs are one-hot vectors, as an embedding's are.
     """
 
     base: Base
@@ -67,6 +68,12 @@ class Site:
     layer: str = ""
     seed: int = 0
     depth: int = 0
+    one_hot: bool = False
+
+    @property
+    def shape(self) -> WeightShape:
+        """(out, in) of W, and the kernel of a convolution, () for other layers."""
+        return self.base.shape
 
     @property
     def out_features(self) -> int:
@@ -78,6 +85,11 @@ class Site:
         """Columns of W."""
         return self.base.shape[1]
 
+    @property
+    def fan_in(self) -> int:
+        """How many inputs add up in an output: the columns of W, or 1 where inputs are one-hot."""
+        return 1 if self.one_hot else self.in_features
+
     def row_norms(self) -> Tensor:
         """‖w_i‖: [out]; equal, bit for bit, to FactoredWeight.row_norms() of a zero update."""
         return safe_sqrt(self.base.row_norms_sq()).to(self.dtype)
@@ -86,9 +98,20 @@ class Site:
         """‖W‖_F: [1]."""
         return safe_sqrt(self.base.row_norms_sq().sum()[None]).to(self.dtype)
 
-    def low_rank(self, U: Tensor, V: Tensor, dropout: float = 0.0) -> FactoredWeight:
-        """W + U V, with U: [out, r], V: [r, in] and a dropout probability for the input of V."""
-        return FactoredWeight(self.base, U=U, V=RightFactor(self.base, V), drop_rows=V.shape[0], dropout=dropout)
+    def low_rank(
+        self, U: Tensor, V: Tensor, dropout: float = 0.0, steps: tuple[Tensor, Tensor] | None = None
+    ) -> FactoredWeight:
+        """W + U V, with U: [out, r], V: [r, in] and a dropout probability for the input of V.
+
+        Args:
+            U: left factor.
+            V: right factor.
+            dropout: probability of dropping an input element on the way into V, in training.
+            steps: on a convolution, V as a kernel [r, k, *kernel] after a map of the channels [k, in/groups], which
+                is cheaper to apply: V is their product.
+        """
+        right = RightFactor(self.base, V, steps)
+        return FactoredWeight(self.base, U=U, V=right, drop_rows=V.shape[0], dropout=dropout)
 
     def dense_update(self, D: Tensor) -> FactoredWeight:
         """W + D, with a dense D: [out, in]: for pieces without structure; costs what full fine-tuning costs."""
@@ -142,6 +165,9 @@ class Piece(BaseModel):
     roles: ClassVar[Mapping[str, Role]] = {}
     """The role of every parameter that `init` makes, by name. Checked."""
 
+    optional: ClassVar[frozenset[str]] = frozenset()
+    """Parameters that `init` leaves out on layers that have no use for them."""
+
     always_shown: ClassVar[frozenset[str]] = frozenset()
     """Fields that `repr` shows also where they have their default."""
 
@@ -164,8 +190,8 @@ class Piece(BaseModel):
     def depth(self) -> int:
         """How many pieces this one stands on: 0 for a generator."""
 
-    def misfit(self, out_features: int, in_features: int) -> str | None:
-        """Say why this piece itself (not its inside) does not fit a weight [out, in]; None if it fits."""
+    def misfit(self, shape: WeightShape) -> str | None:
+        """Say why this piece itself (not its inside) does not fit a weight of that shape; None if it fits."""
         return None
 
     @abstractmethod
@@ -293,9 +319,9 @@ def layers_of(spec: Piece) -> list[Piece]:
     return chain
 
 
-def misfit(spec: Piece, out_features: int, in_features: int) -> str | None:
-    """Say why a composition does not fit a weight [out, in]; None if it fits."""
-    return next(filter(None, (piece.misfit(out_features, in_features) for piece in layers_of(spec))), None)
+def misfit(spec: Piece, shape: WeightShape) -> str | None:
+    """Say why a composition does not fit a weight of that shape; None if it fits."""
+    return next(filter(None, (piece.misfit(shape) for piece in layers_of(spec))), None)
 
 
 def initial_values(piece: Piece, site: Site) -> Mapping[str, Tensor]:
@@ -305,7 +331,7 @@ def initial_values(piece: Piece, site: Site) -> Mapping[str, Tensor]:
         PieceError: the piece made other parameters than it declares; its author has to mend that.
     """
     values = piece.init(site)
-    if not isinstance(values, Mapping) or set(values) != set(piece.roles):
+    if not isinstance(values, Mapping) or not set(piece.roles) - piece.optional <= set(values) <= set(piece.roles):
         made = sorted(values) if isinstance(values, Mapping) else type(values).__name__
         raise PieceError(
             f"{type(piece).__name__}.init made {made}, but its `roles` declare {sorted(piece.roles)}: "

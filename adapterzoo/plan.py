@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from adapterzoo.base import WeightShape
 from adapterzoo.errors import TargetError, count, listing
 from adapterzoo.layer import adapted_layers
 from adapterzoo.pieces import Piece, Role, layers_of
@@ -14,11 +15,11 @@ from adapterzoo.pieces import Piece, Role, layers_of
 
 @dataclass(frozen=True)
 class Adapted:
-    """One adapted layer: every name it has, its spec, its shape (out, in) and its trainable parameters."""
+    """One adapted layer: every name it has, its spec, its shape as a matrix and its trainable parameters."""
 
     names: tuple[str, ...]
     spec: Piece
-    shape: tuple[int, int]
+    shape: WeightShape
     parameters: int
 
 

@@ -9,7 +9,9 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from adapterzoo.base import WeightShape
 from adapterzoo.errors import MisfitError, SpecError, where
+from adapterzoo.forms import form_of
 from adapterzoo.pieces import Piece, check_is_spec, misfit
 from adapterzoo.sharded import is_sharded
 
@@ -30,41 +32,50 @@ FILE_HOOK_TABLES = (
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def unsupported(module: nn.Module) -> str | None:
     """Say why AdaptedLinear can't stand in for a module; None if it can."""
     if guards_fused_paths in module._forward_pre_hooks.values():  # an adapted layer, or the base of one
         return "it is adapted already, and a layer takes one adapter; unload it first, or compose the specs"
-    if not isinstance(module, nn.Linear):
-        return "only nn.Linear layers can be adapted so far"
+    form = form_of(module)
+    if form is None:
+        return _no_form(module)
     if parametrize.is_parametrized(module):
         return "it is parametrised; remove the parametrisation first (torch.nn.utils.parametrize)"
-    # An instance may have a forward of its own too: libraries that place models on devices set one.
-    if type(module).forward is not nn.Linear.forward or "forward" in vars(module):
-        return "it has a forward of its own, which an adapter would bypass"
-    if isinstance(module.weight, nn.parameter.UninitializedParameter):
+    weight: Any = module._parameters.get("weight")
+    if isinstance(weight, nn.parameter.UninitializedParameter):
         return "its shape is not known yet; run the model once first"
-    if is_sharded(module.weight):
+    if is_sharded(weight):
         return (
             "its weight is in shards over several processes: for FSDP2 adapt the model first, then fully_shard it; "
             "tensor parallel layers can't be adapted"
         )
     kept = [*module._buffers, *module._modules, *(table for table in FILE_HOOK_TABLES if vars(module)[table])]
-    if kept:
+    if kept and not form.keeps_state:
         return f"it holds what an adapted layer would lose: {', '.join(kept)}"
-    if type(module.weight) is not nn.Parameter or module.weight.dtype not in _DTYPES:
-        return f"its weight is a {type(module.weight).__name__} of {module.weight.dtype}, not an ordinary matrix"
-    return None
+    return form.problem(module)
 
 
-def check_fits(spec: object, base: nn.Linear, name: str) -> Piece:
+def _no_form(module: nn.Module) -> str:
+    if isinstance(module, nn.MultiheadAttention):
+        return (
+            "it keeps q, k and v in one parameter and reads out_proj.weight itself, so an adapter would change "
+            "nothing; put an attention in its place that calls nn.Linear layers for q, k, v and the output "
+            "(F.scaled_dot_product_attention between them), and adapt those"
+        )
+    return (
+        f"a {type(module).__name__} can't be adapted; nn.Linear, nn.Conv1d, Conv2d and Conv3d, nn.Embedding, "
+        "Transformers' Conv1D and quantised linear layers can"
+    )
+
+
+def check_fits(spec: object, shape: WeightShape, name: str) -> Piece:
     """The spec; raise a SpecError or MisfitError unless it is one and fits the layer."""
     spec = check_is_spec(spec, f"{where(name)} needs a spec")
-    problem = misfit(spec, base.out_features, base.in_features)
+    problem = misfit(spec, shape)
     if problem is not None:
-        raise MisfitError(name, (base.out_features, base.in_features), repr(spec), problem)
+        raise MisfitError(name, shape[:2], repr(spec), problem)
     return spec
 
 

@@ -9,12 +9,14 @@ from torch import nn
 
 from adapterzoo.adapter import Adapter
 from adapterzoo.errors import MergedError, TargetError, UnsupportedLayerError, listing
+from adapterzoo.forms import form_of
 from adapterzoo.layer import AdaptedLinear, adapted_layers
+from adapterzoo.merging import MergeReport
 from adapterzoo.pieces import Piece, check_is_spec
 from adapterzoo.plan import Adapted, LeftAlone, Plan
 from adapterzoo.sharded import reshard, wrapper_of_processes
 from adapterzoo.support import check_adapter_dtype, check_seed, unsupported
-from adapterzoo.targets import ALL_LINEAR, Pattern, Selection, Targets, select
+from adapterzoo.targets import ALL_LINEAR, Pattern, Selection, Targets, is_linear, select
 
 
 def adapt(
@@ -83,7 +85,6 @@ def adapt(
     built: list[AdaptedLinear] = []
     try:
         for item, layer_spec in selection.chosen:
-            assert isinstance(item.module, nn.Linear)
             layer = AdaptedLinear(
                 item.module, layer_spec, seed=seed, name=item.name, adapter_dtype=adapter_dtype, lean=lean
             )
@@ -106,23 +107,36 @@ def adapt(
     return _plan(model, built, selection)
 
 
-def merge(model: nn.Module, keep_base: bool = True, base_device: torch.device | str | None = None) -> None:
+def merge(
+    model: nn.Module,
+    keep_base: bool = True,
+    base_device: torch.device | str | None = None,
+    *,
+    dequantize: bool = False,
+) -> MergeReport:
     """Put every adapted layer's W' in the place of its weight: all layers or none.
+
+    W' is formed in at least float32 and rounded once, to the weight's dtype.
 
     Args:
         model: a model with adapted layers.
         keep_base: keep the base weights, so that `unmerge` gives them back bit for bit; False saves their memory.
         base_device: where to keep them, such as "cpu".
+        dequantize: put an ordinary weight in the place of a quantised one, which can't hold W'.
+
+    Returns:
+        The share of each layer's update that was lost to rounding; `print(report)` shows it.
 
     Raises:
-        MergedError: a layer that is merged already, whose W' is not finite, or a base_device that can't keep anything.
-            Nothing was changed.
+        MergedError: a layer that is merged already, whose W' is not finite, a base_device that can't keep anything, or
+            a quantised layer without `dequantize`. Nothing was changed.
         TargetError: no adapted layer.
     """
-    layers = _settled(model).values()
-    prepared = [(layer, layer.prepare_merge(keep_base, base_device)) for layer in layers]
-    for layer, merged in prepared:
-        layer.commit_merge(merged)
+    layers = _settled(model)
+    prepared = {name: layer.prepare_merge(keep_base, base_device, dequantize) for name, layer in layers.items()}
+    for name, merged in prepared.items():
+        layers[name].commit_merge(merged)
+    return MergeReport({name: merged.lost for name, merged in prepared.items()})
 
 
 def unmerge(model: nn.Module) -> None:
@@ -139,7 +153,7 @@ def unmerge(model: nn.Module) -> None:
         layer.unmerge()
 
 
-def unload(model: nn.Module, *, merge: bool) -> nn.Module:
+def unload(model: nn.Module, *, merge: bool, dequantize: bool = False) -> nn.Module:
     """Take the adapters off, and give back the same model with plain layers: all layers or none.
 
     What trains is left as it is: the base stays frozen; `model.requires_grad_(True)` thaws it.
@@ -147,6 +161,7 @@ def unload(model: nn.Module, *, merge: bool) -> nn.Module:
     Args:
         model: a model with adapted layers, or one AdaptedLinear.
         merge: True leaves W' in the plain layers, False the base weights.
+        dequantize: see `merge`; a quantised layer becomes an nn.Linear.
 
     Returns:
         The model itself; for a single AdaptedLinear, its base layer.
@@ -158,7 +173,9 @@ def unload(model: nn.Module, *, merge: bool) -> nn.Module:
     """
     layers = _settled(model)
     prepared = {
-        name: layer.prepare_merge(keep_base=False) for name, layer in layers.items() if merge and not layer.merged
+        name: layer.prepare_merge(keep_base=False, dequantize=dequantize)
+        for name, layer in layers.items()
+        if merge and not layer.merged
     }
     for layer in layers.values():
         layer.check_own_weight()
@@ -270,7 +287,7 @@ def _check_arguments(model: nn.Module, spec: Piece | None, targets: Targets) -> 
         for key, value in targets.items():
             if value is not None:
                 check_is_spec(value, f"target {key!r} needs a spec or None")
-    if isinstance(model, (nn.Linear, AdaptedLinear)):
+    if isinstance(model, AdaptedLinear) or form_of(model) is not None:
         problem = (
             unsupported(model)
             or "it is the model itself, and adapt changes layers inside a model; write AdaptedLinear(layer, spec)"
@@ -290,7 +307,7 @@ def _other_kinds(model: nn.Module) -> tuple[tuple[str, int], ...]:
     kinds = Counter(
         type(module).__name__
         for module in model.modules()
-        if module._parameters and not isinstance(module, (nn.Linear, AdaptedLinear, Adapter))
+        if module._parameters and not is_linear(module) and not isinstance(module, (AdaptedLinear, Adapter))
     )
     return tuple(kinds.items())
 
@@ -309,7 +326,7 @@ def _plan(model: nn.Module, built: list[AdaptedLinear], selection: Selection) ->
     parameters = list(model.parameters())
     return Plan(
         adapted=tuple(
-            Adapted(item.names, layer.spec, (layer.out_features, layer.in_features),
+            Adapted(item.names, layer.spec, layer.shape,
                     sum(p.numel() for p in layer.adapter.parameters()))
             for layer, (item, _) in zip(built, selection.chosen, strict=True)
         ),

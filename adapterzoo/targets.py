@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from adapterzoo.errors import TargetError, did_you_mean, listing
+from adapterzoo.forms import form_of
 from adapterzoo.layer import AdaptedLinear
 from adapterzoo.pieces import Piece, misfit
 from adapterzoo.support import unsupported
@@ -127,23 +128,24 @@ class Exclusions:
     def reason(self, item: Found, spec: Piece) -> str | None:
         """The reason to leave a layer alone; None if it can be adapted."""
         module = item.module
-        if not _is_leaf(module) and not isinstance(module, nn.Linear):
+        if not _is_leaf(module) and form_of(module) is None and not isinstance(module, nn.MultiheadAttention):
             return f"it holds other modules; for the layers inside it use a regular expression: '{item.name}[.].*'"
         problem = unsupported(module)
         if problem is not None:
             return problem
-        assert isinstance(module, nn.Linear)
         for name in item.names:
             if f"{name}.weight" in self._trained:
                 return f"it is kept trainable by train={self._trained[f'{name}.weight']!r}"
         if id(module) in self._inside_attention:
             return "nn.MultiheadAttention reads its weight itself, so an adapter would change nothing"
-        sharers = sorted(self._owners[id(module.weight)] - {f"{name}.weight" for name in item.names})
+        weight = module._parameters["weight"]
+        sharers = sorted(self._owners[id(weight)] - {f"{name}.weight" for name in item.names})
         if sharers:
             return f"its weight is tied to {', '.join(sharers)}"
         if id(module) in self._output_embeddings:
             return "it is the model's output embedding"
-        return misfit(spec, module.out_features, module.in_features)
+        kind = form_of(module)
+        return None if kind is None else misfit(spec, kind(module).shape)
 
 
 def trained_parameters(model: nn.Module, found: Sequence[Found], train: Sequence[str]) -> dict[str, str]:
@@ -202,7 +204,7 @@ def select(
             choice.skip(item, "excluded")
     for pattern, entry_spec in _entries(spec, targets, found):
         everything = pattern == ALL_LINEAR
-        hits = [item for item in found if _is_linear(item.module)] if everything else matching(pattern, found, "target")
+        hits = [item for item in found if is_linear(item.module)] if everything else matching(pattern, found, "target")
         fresh = [item for item in hits if id(item.module) not in choice.decided]
         if not hits:
             kinds = dict.fromkeys(type(item.module).__name__ for item in found if _is_leaf(item.module))
@@ -215,9 +217,9 @@ def select(
             choice.decide(item, entry_spec, everything)
     choice.check()
     for item in found:
-        if _is_linear(item.module) and id(item.module) not in choice.decided:
+        if is_linear(item.module) and id(item.module) not in choice.decided:
             choice.skip(item, "adapted already" if isinstance(item.module, AdaptedLinear) else "not targeted")
-    return Selection(choice.chosen, [(i, why) for i, why in choice.skipped if _is_linear(i.module)], trained)
+    return Selection(choice.chosen, [(i, why) for i, why in choice.skipped if is_linear(i.module)], trained)
 
 
 class _Choice:
@@ -249,7 +251,7 @@ class _Choice:
         if self.problems:
             raise TargetError(f"these targets can't be adapted, and nothing was changed:{listing(self.problems)}")
         if not self.chosen:
-            reasons = listing([f"{item.name}: {why}" for item, why in self.skipped if _is_linear(item.module)])
+            reasons = listing([f"{item.name}: {why}" for item, why in self.skipped if is_linear(item.module)])
             raise TargetError(f"no layer is left to adapt{':' + reasons if reasons else ''}")
 
 
@@ -312,8 +314,12 @@ def _is_leaf(module: nn.Module) -> bool:
     return isinstance(module, AdaptedLinear) or next(module.children(), None) is None
 
 
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, (nn.Linear, AdaptedLinear))
+def is_linear(module: nn.Module) -> bool:
+    """Whether "all-linear" means a module, adapted or not."""
+    if isinstance(module, AdaptedLinear):
+        return module.form.is_linear
+    kind = form_of(module)
+    return kind is not None and kind.is_linear
 
 
 def _owners_of_weights(model: nn.Module) -> dict[int, set[str]]:

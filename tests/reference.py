@@ -52,7 +52,20 @@ def adalora(W, inner, p, o):
 
 
 def flora(W, inner, p, o):
-    return product(o["scale"] * p["A"], p["core"], p["B"])
+    if p["core"].dim() == 2:
+        return product(o["scale"] * p["A"], p["core"], p["B"])
+    tensors = [o["scale"] * p["core"], p["A"], p["B"], *(p[name] for name in ("K1", "K2", "K3") if name in p)]
+    size = kernel_of(*(tensor.detach().abs() for tensor in tensors))
+    value = kernel_of(*tensors)
+    return Node(value, value, rows(size))
+
+
+def kernel_of(core, A, B, *factors):
+    """Every mode of the core times its factor, as a matrix: [out, in · kernel]."""
+    kernel = torch.einsum("ab...,oa,bi->oi...", core, A, B)
+    for mode, factor in enumerate(factors):
+        kernel = torch.einsum("d...,dk->k...", kernel.movedim(2 + mode, 0), factor).movedim(0, 2 + mode)
+    return kernel.flatten(1)
 
 
 def full(W, inner, p, o):
@@ -83,6 +96,8 @@ def dora(W, inner, p, o):
 
 
 def map_(W, inner, p, o):
+    if o["per"] == "channel":
+        return stacked([map_rows(W[i : i + 1], inner, p, o, i) for i in range(len(W))], inner)
     size = W.pow(2).sum().sqrt()
     base = torch.zeros_like(W) if float(size) == 0 else (p["alpha"] / size - 1) * W
     floor = 1e-6 if o["floor"] == "literal" else o["floor"] * (float(size) if float(size) > 0 else 1.0)
@@ -95,6 +110,22 @@ def map_(W, inner, p, o):
         gain * inner.part,
         rows(W) + rows(base) + float(gain.detach().abs()) * inner.mass,
         inner.kappa * max(1.0, cancelled),
+    )
+
+
+def map_rows(W, inner, p, o, i):
+    """MAP of one row by itself, as a matrix of one row."""
+    own = slice(i, i + 1)
+    alone = Node(inner.update[own], inner.part[own], inner.mass[own])
+    return map_(W, alone, {"alpha": p["alpha"][own], "beta": p["beta"][own]}, {**o, "per": "matrix"})
+
+
+def stacked(nodes, inner):
+    return Node(
+        torch.cat([node.update for node in nodes]),
+        torch.cat([node.part for node in nodes]),
+        torch.cat([node.mass for node in nodes]),
+        inner.kappa * max(node.kappa for node in nodes),
     )
 
 

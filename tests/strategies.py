@@ -53,7 +53,9 @@ def wrappers(out: int):
     """Strategies of functions inside -> wrapped."""
     ranks = st.integers(1, min(out, 3))
     return st.one_of(
-        st.sampled_from([1e-2, 0.3, "literal"]).map(lambda floor: lambda inner: MAP(inner, floor=floor)),
+        st.tuples(st.sampled_from([1e-2, 0.3, "literal"]), st.sampled_from(["matrix", "channel"])).map(
+            lambda t: lambda inner: MAP(inner, floor=t[0], per=t[1])
+        ),
         st.booleans().map(lambda detach: lambda inner: DoRA(inner, detach_norm=detach)),
         st.just(PreDiag),
         st.tuples(ranks, st.sampled_from(["cayley", "exp", "first_order"]), st.sampled_from([None, 1.0, 0.4])).map(

@@ -86,7 +86,7 @@ def declared(model):
         f"{layer}.adapter.{'inner.' * depth}{name}": role
         for layer, module in adapted_layers(model).items()
         for depth, part in enumerate(module.adapter.parts())
-        for name, role in part.spec.roles.items()
+        for name, role in part.roles.items()
         if role is not Role.BUFFER
     }
 

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
 import adapterzoo as az
-from adapterzoo import MAP, SORA, AdaLoRA, AdaptedLinear, DoRA, FLoRA, Full, LoRA, PreDiag, kept
+from adapterzoo import MAP, SORA, AdaLoRA, AdaptedLinear, DoRA, FLoRA, Full, LoRA, PreDiag, wide
 from adapterzoo.errors import (
     MergedError,
     MisfitError,
@@ -182,8 +182,8 @@ def test_copies_are_equal_and_independent(x, merged):
 
 def test_copies_keep_the_norms_of_the_base(x, monkeypatch):
     calls = []
-    original = kept.row_norms_sq
-    monkeypatch.setattr(kept, "row_norms_sq", lambda matrix: calls.append(1) or original(matrix))
+    original = wide.row_norms_sq
+    monkeypatch.setattr("adapterzoo.base.row_norms_sq", lambda matrix: calls.append(1) or original(matrix))
     for other in copies(layer_of()):
         calls.clear()
         for _ in range(3):
@@ -579,7 +579,7 @@ def test_a_failing_merge_changes_nothing(bad):
 @pytest.mark.parametrize(
     ("base", "message"),
     [
-        (lambda: nn.Conv2d(3, 4, 2), "Conv2d and can't be adapted: only nn.Linear"),
+        (lambda: nn.ConvTranspose2d(3, 4, 2), "a ConvTranspose2d can't be adapted; nn.Linear, nn.Conv1d"),
         (lambda: nn.LazyLinear(4), "shape is not known yet"),
         (lambda: parametrizations.weight_norm(nn.Linear(3, 4)), "remove the parametrisation"),
         (lambda: type("Odd", (nn.Linear,), {"forward": lambda self, x: x})(3, 4), "forward of its own"),

@@ -14,7 +14,7 @@ from strategies import cases
 from torch import nn
 from torch.nn import functional as F
 
-from adapterzoo import SORA, AdaptedLinear, DoRA, LoRA, adapter, factored, functional, kept, kernel, layer
+from adapterzoo import SORA, AdaptedLinear, DoRA, LoRA, adapter, factored, forms, functional, kept, kernel
 from adapterzoo.pieces import Site, initial_values
 
 BOTH = (torch.float64, torch.float32)
@@ -39,7 +39,7 @@ def the_bias_stands_under_the_gain(patch):  # torchtune's DoRA
         y = original(x, base, delta, U, V, bias, **options)
         return y if bias is None or delta is None else y + delta * bias
 
-    patch.setattr(layer, "factored_linear", broken)
+    patch.setattr(forms.linear, "factored_linear", broken)
 
 
 def merge_with(patch, weight_of):
@@ -149,7 +149,7 @@ def dropout_reaches_the_base_path(patch):  # PEFT's DoRA, LoRA-Dash's DeLoRA
         dropped = F.dropout(x, dropout) if dropout else x
         return original(dropped, *arguments, **options)
 
-    patch.setattr(layer, "factored_linear", broken)
+    patch.setattr(forms.linear, "factored_linear", broken)
 
 
 @mutant(properties.gradients_match)
@@ -233,7 +233,7 @@ def dropout_has_another_probability(patch):
     def broken(*arguments, dropout=0.0, **options):
         return original(*arguments, dropout=dropout / 2, **options)
 
-    patch.setattr(layer, "factored_linear", broken)
+    patch.setattr(forms.linear, "factored_linear", broken)
 
 
 @mutant(properties.forward_matches)
@@ -264,7 +264,7 @@ def the_output_is_rounded_twice(patch):
         y = original(x, base, delta, U, V, **options)
         return y if bias is None else y + bias
 
-    patch.setattr(layer, "factored_linear", broken)
+    patch.setattr(forms.linear, "factored_linear", broken)
 
 
 @mutant(properties.start_is_exact)

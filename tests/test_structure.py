@@ -18,9 +18,10 @@ REPO = ROOT.parent
 
 # Each room may import only rooms before it; names of rooms are modules or sub-packages of adapterzoo.
 ROOMS = [
-    "errors", "streams", "precision", "wide", "kept", "base", "factored", "kernel", "functional", "sharded", "rules",
-    "pieces", "registry", "methods", "conditioning", "compositions", "adapter", "support", "watch", "layer", "targets",
-    "plan", "surgery", "training", "ablation",
+    "errors", "streams", "precision", "wide", "kept", "base", "quantised", "factored", "kernel", "functional", "forms",
+    "sharded", "rules", "pieces", "registry", "methods", "conditioning", "compositions", "adapter", "support", "watch",
+    "layer", "merging", "targets", "plan", "surgery", "training", "checkpoint", "interop", "analysis", "ablation",
+    "cli", "__main__",
 ]  # fmt: skip
 # Pieces, and what carries them, never see each other: that is why any wrapper goes with any generator.
 STRANGERS = {
@@ -28,7 +29,10 @@ STRANGERS = {
     "conditioning": {"methods"},
     **{
         room: {"methods", "conditioning", "compositions"}
-        for room in ("adapter", "support", "watch", "layer", "targets", "plan", "surgery")
+        for room in (
+            "quantised", "forms", "adapter", "support", "watch", "layer", "merging", "targets", "plan", "surgery",
+            "checkpoint", "analysis",
+        )
     },
 }
 
@@ -65,6 +69,8 @@ def test_no_piece_is_named_where_all_pieces_are_served():
         "factored",
         "kernel",
         "functional",
+        "forms",
+        "quantised",
         "pieces",
         "registry",
         "adapter",
@@ -75,7 +81,10 @@ def test_no_piece_is_named_where_all_pieces_are_served():
         "surgery",
         "rules",
         "watch",
+        "merging",
         "training",
+        "checkpoint",
+        "analysis",
     ):
         for path in [*ROOT.glob(f"{room}.py"), *(ROOT / room).glob("*.py")]:
             used = {node.id for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Name)}

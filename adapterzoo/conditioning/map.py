@@ -1,4 +1,4 @@
-"""MAP: two trained lengths, one for the base and one for the update, taken as vectors."""
+"""MAP: two trained lengths, one for the base and one for the update, taken as vectors; or two for every row."""
 
 from collections.abc import Mapping
 from typing import Annotated, ClassVar, Literal
@@ -22,15 +22,19 @@ class MAP(Wrapper):
     At the start Δ = 0, and the paper does not say what 0 / 0 is. Here ‖Δ‖_F has a floor of ε‖W‖_F: below it MAP is the
     linear gain β / (ε‖W‖_F), so the start is exact and its gradient finite; above it the equation holds exactly.
 
+    Per channel the same holds for every row by itself, a filter of a convolution: w'_o = α_o w_o / ‖w_o‖ +
+    β_o Δ_o / ‖Δ_o‖. So the question whether flattening a kernel to one vector hurts can be asked.
+
     Shapes:
-        alpha (α): [1], ‖W‖_F; beta (β): [1], one.
+        alpha (α): [1], ‖W‖_F; beta (β): [1], one. Per channel: [out], ‖w_o‖; [out], one.
 
     Args:
         inner: the generator or wrapper whose update is Δ.
+        per: "matrix", the paper's, or "channel".
         floor: ε > 0; or "literal" for the paper's start, an absolute floor of 1e-6.
 
     Raises:
-        SpecError: floor is not a positive number or "literal".
+        SpecError: floor is not a positive number or "literal", or per is none of its two.
 
     Example:
         >>> from adapterzoo import MAP, AdaLoRA
@@ -42,7 +46,8 @@ class MAP(Wrapper):
 
     Deviations:
         The floor. With an absolute floor of 1e-6 the first gradient is about 1e6 times LoRA's, and plain AdamW stays
-        stuck (docs/pieces/map.md shows both). If W = 0 the base term is left as it is and the floor is ε itself.
+        stuck (docs/pieces/map.md shows both). If W = 0 the base term is left as it is and the floor is ε itself; so too
+        for a zero row per channel, which is no form of the paper's.
     """
 
     roles: ClassVar[Mapping[str, Role]] = {"alpha": Role.MAGNITUDE, "beta": Role.MAGNITUDE}
@@ -51,13 +56,16 @@ class MAP(Wrapper):
         default=1e-2, description='a finite number > 0, or "literal"'
     )
 
+    per: Literal["matrix", "channel"] = Field(default="matrix", description="'matrix' or 'channel'")
+
     def init(self, site: Site) -> Mapping[str, Tensor]:
         """α = ‖W‖_F, β = 1."""
-        return {"alpha": site.frobenius_norm(), "beta": site.ones(1)}
+        size = self._size(site)
+        return {"alpha": size, "beta": site.ones(len(size))}
 
     def condition(self, inner: FactoredWeight, params: Parameters, site: Site) -> FactoredWeight:
         """δ ← (a − 1) + b δ, U ← b U with a = α / ‖W‖_F, b = β / max(‖Δ‖_F, floor)."""
-        size = site.frobenius_norm()
+        size = self._size(site)
         lives = size > 0
         base_gain = torch.where(lives, params.alpha / torch.where(lives, size, 1), 1)
         update_gain = wide(params.beta) / self._length(inner, site)
@@ -68,9 +76,14 @@ class MAP(Wrapper):
         length = self._length(inner, site)
         return {"beta": (params.beta * (length / length.detach())).to(params.beta.dtype)}
 
+    def _size(self, site: Site) -> Tensor:
+        """‖W‖_F: [1], or ‖w_o‖: [out]."""
+        return site.frobenius_norm() if self.per == "matrix" else site.row_norms()
+
     def _length(self, inner: FactoredWeight, site: Site) -> Tensor:
-        """max(‖Δ‖_F, floor): [1], in float64."""
-        size = site.frobenius_norm()
+        """max(‖Δ‖_F, floor): [1], or max(‖Δ_o‖, floor_o): [out], in float64."""
+        size = self._size(site)
         size = torch.where(size > 0, size, 1)
         floor = torch.full_like(size, _LITERAL_FLOOR) if self.floor == "literal" else self.floor * size
-        return torch.maximum(inner.update_norm(), wide(floor.clamp_min(torch.finfo(size.dtype).tiny)))
+        length = inner.update_norm() if self.per == "matrix" else inner.update_row_norms()
+        return torch.maximum(length, wide(floor.clamp_min(torch.finfo(size.dtype).tiny)))

@@ -7,6 +7,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from adapterzoo.base import WeightShape
 from adapterzoo.factored import FactoredWeight
 from adapterzoo.pieces import Parameters, Role, Site, Wrapper
 from adapterzoo.registry import register
@@ -58,9 +59,10 @@ class SORA(Wrapper):
     map: Map = Field(default="cayley", description="'cayley', 'exp' or 'first_order'")
     damping: float | None = Field(default=None, gt=0, description="a finite number > 0, or None")
 
-    def misfit(self, out_features: int, in_features: int) -> str | None:
+    def misfit(self, shape: WeightShape) -> str | None:
         """1 ≤ rank ≤ out."""
-        return f"rank={self.rank} is above out = {out_features}" if self.rank > out_features else None
+        out = shape.out_features
+        return f"rank={self.rank} is above out = {out}" if self.rank > out else None
 
     def init(self, site: Site) -> Mapping[str, Tensor]:
         """C random, D = C: no rotation, with a gradient that is not zero."""

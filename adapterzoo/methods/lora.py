@@ -18,7 +18,8 @@ class LoRA(RankScaled):
     """Low-rank adaptation: ΔW = s · B A with s = alpha / r, or alpha / √r for rank-stabilised LoRA.
 
     Shapes:
-        A: [r, in], kaiming uniform (a = √5); B: [out, r], zero.
+        A: [r, in], kaiming uniform (a = √5) over the inputs that add up in an output: all of them, or one for an
+        embedding; B: [out, r], zero.
 
     Args:
         r: rank, 1 ≤ r ≤ min(out, in).
@@ -53,7 +54,7 @@ class LoRA(RankScaled):
     def init(self, site: Site) -> Mapping[str, Tensor]:
         """A from kaiming uniform, B zero: the update starts at zero."""
         return {
-            "A": site.kaiming_uniform("A", self.r, site.in_features, fan=site.in_features),
+            "A": site.kaiming_uniform("A", self.r, site.in_features, fan=site.fan_in),
             "B": site.zeros(site.out_features, self.r),
         }
 

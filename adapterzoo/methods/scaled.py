@@ -4,6 +4,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 
+from adapterzoo.base import WeightShape
 from adapterzoo.pieces import Generator
 
 
@@ -41,7 +42,7 @@ class RankScaled(Generator):
         fields = super().shown_fields()
         return {name: value for name, value in fields.items() if name != "alpha" or value != self.r}
 
-    def misfit(self, out_features: int, in_features: int) -> str | None:
+    def misfit(self, shape: WeightShape) -> str | None:
         """1 ≤ r ≤ min(out, in)."""
-        largest = min(out_features, in_features)
+        largest = min(shape.out_features, shape.in_features)
         return f"r={self.r} is above min(out, in) = {largest}" if self.r > largest else None

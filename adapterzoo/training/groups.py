@@ -154,7 +154,7 @@ def trained(model: nn.Module) -> list[Trained]:
 
 
 def _role(module: nn.Module, name: str) -> Role | None:
-    return module.spec.roles.get(name) if isinstance(module, Adapter) else None
+    return module.roles.get(name) if isinstance(module, Adapter) else None
 
 
 def _kind(item: Trained) -> str:
@@ -171,7 +171,7 @@ def _insides(model: nn.Module) -> set[int]:
 
 def _lost(prefix: str, adapter: Adapter) -> Iterator[str]:
     """What an adapter declares and no longer has as a parameter of its own."""
-    for name, role in adapter.spec.roles.items():
+    for name, role in adapter.roles.items():
         if role is not Role.BUFFER and name not in adapter._parameters:
             yield (
                 f"{prefix}.{name} was replaced by something else; undo pruning and parametrisations, "

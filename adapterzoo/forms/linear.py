@@ -1,0 +1,95 @@
+"""Linear layers: torch's own, and Hugging Face's Conv1D, which stores its weight transposed."""
+
+import sys
+from typing import ClassVar, cast
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from adapterzoo.base import WeightShape
+from adapterzoo.factored import FactoredWeight
+from adapterzoo.forms.form import OWN_FORWARD, Form, has_own_forward, wrong_dtype
+from adapterzoo.functional import factored_linear
+
+
+class Linear(Form):
+    """nn.Linear: W is the weight."""
+
+    kind: ClassVar[str] = "linear"
+
+    @classmethod
+    def claims(cls, module: nn.Module) -> bool:
+        """Whether it is an nn.Linear."""
+        return isinstance(module, nn.Linear)
+
+    @classmethod
+    def problem(cls, module: nn.Module) -> str | None:
+        """It needs torch's own forward and an ordinary weight."""
+        return OWN_FORWARD if has_own_forward(module, [nn.Linear]) else super().problem(module)
+
+    @property
+    def shape(self) -> WeightShape:
+        """(out_features, in_features)."""
+        return WeightShape(*self.matrix(cast(Tensor, self.module.weight)).shape)
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """The weight itself."""
+        return weight
+
+    def stored(self, matrix: Tensor) -> Tensor:
+        """The matrix itself."""
+        return matrix
+
+    def bad_input(self, x: Tensor, weight: Tensor) -> str | None:
+        """Inputs are [..., in], in the weight's dtype."""
+        width = self.matrix(weight).shape[1]
+        if x.dim() == 0 or x.shape[-1] != width:
+            return f"takes inputs [..., {width}]; got {list(x.shape)}"
+        return wrong_dtype(x, weight)
+
+    def plain(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """X Wᵀ + bias: [..., in] -> [..., out]."""
+        return F.linear(x, self.matrix(weight), bias)
+
+    def adapted(
+        self, x: Tensor, stored: Tensor, weight: FactoredWeight, bias: Tensor | None, dropout: float, lean: bool
+    ) -> Tensor:
+        """X W'ᵀ + bias: [..., in] -> [..., out], by the one kernel."""
+        return factored_linear(
+            x,
+            weight.base,
+            weight.delta,
+            weight.U,
+            None if weight.V is None else weight.V.value,
+            bias,
+            remainder=weight.remainder,
+            dropout=dropout,
+            drop_rows=weight.drop_rows,
+            lean=lean,
+        )
+
+
+class Transposed(Linear):
+    """Transformers' Conv1D (GPT-2), a linear layer that stores Wᵀ: [in, out]."""
+
+    kind: ClassVar[str] = "transposed"
+
+    @classmethod
+    def claims(cls, module: nn.Module) -> bool:
+        """Whether it is a Conv1D of Transformers, which is not imported for that."""
+        kind = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+        return kind is not None and isinstance(module, kind)
+
+    @classmethod
+    def problem(cls, module: nn.Module) -> str | None:
+        """It needs Transformers' own forward and an ordinary weight."""
+        kind = sys.modules["transformers.pytorch_utils"].Conv1D
+        return OWN_FORWARD if has_own_forward(module, [kind]) else Form.problem.__func__(cls, module)  # type: ignore[attr-defined]
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """The weight transposed."""
+        return weight.mT
+
+    def stored(self, matrix: Tensor) -> Tensor:
+        """The matrix transposed."""
+        return matrix.mT
