@@ -1,10 +1,13 @@
 """Who does what layers need at every step of an optimiser; where nobody does, a warning, once, by name."""
 
+import sys
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary, WeakSet, ref
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -134,8 +137,16 @@ def _warn(layers: list[Adapted]) -> None:
         f"stay as they are:{listing(lines)}\nCall adapterzoo.attach(model, optimizer, total_steps=...) before "
         "training, or leave target_r out for a fixed rank",
         UnattendedWarning,
-        stacklevel=5,
+        stacklevel=_callers_level(),
     )
+
+
+def _callers_level() -> int:
+    """How far up `_warn`'s caller finds the line that is neither torch's nor this library's: the user's own step."""
+    own, frame, level = (str(Path(torch.__file__).parent), str(Path(__file__).parent)), sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(own):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 WATCH = Watch()

@@ -451,14 +451,6 @@ def test_an_optimiser_that_can_not_be_saved_with_what_is_remembered_is_refused()
 
 def test_a_later_attachment_takes_the_place_of_an_earlier_one():
     """A cell of a notebook that is run twice; a callback beside a call."""
-    run = Run(MAP(ADA))
-    earlier = run.attachment
-    run.attachment = az.attach(run.model, run.optimiser, total_steps=14)
-    earlier.detach()  # once more does nothing to the later one
-    assert same(Run(MAP(ADA)).go(0, 14).saved(), Run(MAP(ADA)).go(0, 14).saved())
-    torch.manual_seed(0)
-    again = Run(MAP(ADA))
-    again.attachment = az.attach(again.model, again.optimiser, total_steps=14)
     once = Run(MAP(ADA)).go(0, 14).saved()
     torch.manual_seed(0)
     twice = Run(MAP(ADA))
@@ -580,16 +572,17 @@ def test_a_step_of_the_head_alone_is_a_step():
     assert same(before, run.model.body.state_dict())
 
 
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.experts = nn.ModuleList(nn.Linear(7, 5) for _ in range(2))
+
+    def forward(self, x, which):
+        return self.experts[which](x)
+
+
 def test_an_expert_without_a_gradient_keeps_its_numbers():
-    class Experts(nn.Module):
-        def __init__(self):
-            super().__init__()
-            torch.manual_seed(0)
-            self.experts = nn.ModuleList(nn.Linear(7, 5) for _ in range(2))
-
-        def forward(self, x, which):
-            return self.experts[which](x)
-
     model = Experts()
     az.adapt(model, AdaLoRA(r=4, target_r=2, t_init=10))
     optimiser = torch.optim.AdamW(trained(model), lr=1e-2)
@@ -916,3 +909,15 @@ def test_a_state_of_another_rank_loads_while_an_earlier_loss_is_alive():
         for parameter, other in zip(trained(run.model), trained(fresh), strict=True):
             torch.testing.assert_close(parameter.grad, other.grad)
         del loss, again
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_the_warning_points_at_the_users_own_line(scheduled):
+    model = Model(ADA)
+    optimiser = torch.optim.AdamW(trained(model), lr=1e-3)
+    if scheduled:  # which wraps the optimiser's step in one more function
+        torch.optim.lr_scheduler.LinearLR(optimiser)
+    loss_of(model, 0).backward()
+    with pytest.warns(UnattendedWarning) as caught:
+        optimiser.step()
+    assert [item.filename for item in caught] == [__file__]

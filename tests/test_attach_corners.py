@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.distributed.fsdp
-from test_attach import ADA, OPTIMISERS, Model, Run, loss_of, same, trained, warned
+from test_attach import ADA, OPTIMISERS, Experts, Model, Run, loss_of, same, trained, warned
 from test_budget import dense_penalty
 from torch import nn
 
@@ -183,16 +183,6 @@ def importances(run):
 
 def generators(model):
     return [layer.adapter.generator for layer in az.adapted_layers(model).values()]
-
-
-class Experts(nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.experts = nn.ModuleList(nn.Linear(7, 5) for _ in range(2))
-
-    def forward(self, x, which):
-        return self.experts[which](x)
 
 
 class Flaky(torch.optim.SGD):

@@ -1,6 +1,5 @@
 """What stands against attaching a model to an optimiser, all of it at once."""
 
-import gc
 import operator
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -98,8 +97,6 @@ def _without_room(layers: Layers, total_steps: int) -> Iterable[str]:
 def _elsewhere(layers: Layers, optimizer: Optimizer) -> Iterable[str]:
     """An optimiser counts its steps once, so it can't be attached to two models."""
     others = [layer for layer in WATCH.attended_in(optimizer) if layer not in layers.values()]
-    if others and gc.collect() >= 0:  # what is dropped may wait for the collector
-        others = [layer for layer in WATCH.attended_in(optimizer) if layer not in layers.values()]
     if others:
         names = ", ".join(sorted(layer.name for layer in others))
         yield (
