@@ -8,6 +8,7 @@ Example:
     torch.Size([4, 32])
 """
 
+from adapterzoo.analysis.counting import count as count
 from adapterzoo.compositions import AdaLoMAP as AdaLoMAP
 from adapterzoo.compositions import FLoMAP as FLoMAP
 from adapterzoo.compositions import LoMAP as LoMAP

@@ -116,6 +116,18 @@ class TrainingError(AdapterError, RuntimeError):
     """A training set-up that can't do what the pieces of the model need. Nothing was changed."""
 
 
+class ArchitectureError(AdapterError, ValueError):
+    """A name, a config or a dtype from which no model can be built."""
+
+
+class MissingPackageError(AdapterError, ImportError):
+    """An optional package that is asked for is not installed."""
+
+
+class CommandError(AdapterError):
+    """What was asked for on the command line can't be done."""
+
+
 def where(layer: str) -> str:
     """Name a layer in a sentence."""
     return f"layer {layer!r}" if layer else "this layer"

@@ -36,6 +36,8 @@ def row_blocks(matrix: Tensor, elements: int | None = None) -> tuple[Tensor, ...
 
 def row_norms_sq(matrix: Tensor) -> Tensor:
     """‖m_i‖² of every row of a matrix [out, in]: [out], summed in float64, differentiable; no copy of the matrix."""
+    if matrix.is_meta:
+        return matrix.new_empty(len(matrix), dtype=wide_dtype(matrix.device))
     if torch.compiler.is_compiling():
         norms: Tensor = torch.linalg.vector_norm(matrix, dim=1, dtype=wide_dtype(matrix.device))
         return norms.square()
