@@ -132,7 +132,7 @@ class AdaptedLinear(nn.Module):
         self.register_buffer("unmerged_weight", None, persistent=False)
         self.adapter = adapter
         self._initialised = not self.weight.is_meta
-        self._file_had_whole_adapter = False
+        self.file_had_adapter: bool | None = None  # whether the last file that was loaded held all of it
         self._factors.bind([(self._parameters, "weight"), *adapter.places()])
         self.train(base.training)
         WATCH.see(self)
@@ -490,13 +490,13 @@ class AdaptedLinear(nn.Module):
                 f"{', '.join(sorted(found))}: that is another composition than {self.spec!r}"
             )
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
-        self._file_had_whole_adapter = all(
+        self.file_had_adapter = all(
             f"{prefix}adapter.{name}" in state_dict for name in self.adapter.state_dict()
         )
 
     def after_load(self) -> None:
         """Take note of loaded values: a file with the whole adapter initialises it, if it is not on the meta device."""
-        whole = self._initialised or (self._file_had_whole_adapter and not self._is_blank())
+        whole = self._initialised or (bool(self.file_had_adapter) and not self._is_blank())
         self._initialised = whole and not self._on_meta()
         self.refresh()
 

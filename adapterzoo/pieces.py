@@ -364,7 +364,7 @@ def _breach(weight: object, out: int, cols: int, inner: FactoredWeight | None) -
     U, V = weight.U, None if weight.V is None else weight.V.value
     if U is not None and V is not None and (U.shape[0] != out or V.shape != (U.shape[1], cols)):
         return f"made U {list(U.shape)} and V {list(V.shape)}; need [{out}, r] and [r, {cols}]"
-    if weight.delta is not None and weight.delta.shape not in {(1,), (out,)}:
+    if weight.delta is not None and list(weight.delta.shape) not in ([1], [out]):
         return f"made a row gain {list(weight.delta.shape)}; need [{out}] or [1]"
     if weight.remainder is not None and weight.remainder.shape != (out, cols):
         return f"made an update {list(weight.remainder.shape)}; need [{out}, {cols}]"

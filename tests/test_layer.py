@@ -856,3 +856,11 @@ def test_a_state_of_another_composition_is_an_error_also_where_loading_is_lax(ot
     base = {key: value for key, value in state.items() if "adapter" not in key}
     assert model.load_state_dict(base, strict=False).missing_keys == ["0.adapter.magnitude", "0.adapter.inner.A",
                                                                       "0.adapter.inner.B"]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")  # torch says that tracing is deprecated, and of each shape that it is fixed
+@pytest.mark.parametrize("spec", [DoRA(LoRA(r=2)), MAP(AdaLoRA(r=2)), SORA(PreDiag(FLoRA(r=2)))], ids=repr)
+def test_it_can_be_traced(x, spec):
+    layer = layer_of(spec).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(torch.jit.trace(layer, x)(2 * x), layer(2 * x))

@@ -7,6 +7,7 @@ what is said where something can't work.
 import importlib
 import sys
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -713,3 +714,25 @@ def test_a_trainer_that_is_not_installed_is_named_with_its_extra(monkeypatch, mo
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ImportError, match=rf"{name} serves .* needs .*{package}.*pip install 'adapterzoo\[trainers\]'"):
         importlib.import_module(name)
+
+
+def resumed_like_trainer(model, folder):
+    """What Trainer does with a checkpoint: save_pretrained, then load_state_dict without strictness."""
+    model.save_pretrained(folder)
+    model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    begin = SimpleNamespace(global_step=2, max_steps=4)
+    az_hf.Attach().on_train_begin(None, begin, None, model=model, optimizer=optimizer)
+
+
+def test_hf_a_checkpoint_that_lost_the_adapters_is_an_error_by_name(tmp_path):
+    """Transformers saves a ViT under other names than the model's, and its Trainer reads them without translating."""
+    config = ViTConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, image_size=8, patch_size=4
+    )
+    model = ViTForImageClassification(config)
+    az.adapt(model, LoRA(r=2), exclude=["classifier"])
+    lost = r"would start anew: [\s\S]*layers.0.attention.q_proj[\s\S]*save_original_format"
+    with pytest.raises(TrainingError, match=lost):
+        resumed_like_trainer(model, tmp_path)
+    resumed_like_trainer(adapted(LoRA(r=2)), tmp_path)

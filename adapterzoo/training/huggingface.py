@@ -6,7 +6,8 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from adapterzoo.errors import TrainingError, UnfinishedWarning, count
+from adapterzoo.errors import TrainingError, UnfinishedWarning, count, listing
+from adapterzoo.layer import adapted_layers
 from adapterzoo.training.attach import Attachment, attach
 
 try:
@@ -28,7 +29,8 @@ class Attach(TrainerCallback):  # type: ignore[misc]
         add_penalty: as `attach` takes it.
 
     Raises:
-        TrainingError: in `trainer.train()`: what `attach` raises; and if the first backward gave no adapter a gradient.
+        TrainingError: in `trainer.train()`: what `attach` raises; if a checkpoint that is resumed from lacks adapters of
+            the model; and if the first backward gave no adapter a gradient.
 
     Example:
         >>> from adapterzoo.training import huggingface as az_hf
@@ -47,6 +49,8 @@ class Attach(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Attach, for all the steps of this training, those before a resumption included."""
         self.attachment, self._saw_gradients = None, False
+        if state.global_step > 0:
+            _check_resumed(model)
         if state.max_steps > 0:  # a Trainer asked for no epoch takes no step
             self.attachment = attach(model, optimizer, total_steps=state.max_steps, add_penalty=self.add_penalty)
 
@@ -62,6 +66,18 @@ class Attach(TrainerCallback):  # type: ignore[misc]
             self.attachment.detach()
             best = state.best_global_step if args.load_best_model_at_end else None
             _check_finished(self.attachment, best or self.attachment.step)
+
+
+def _check_resumed(model: nn.Module) -> None:
+    """Raise a TrainingError if the checkpoint that was resumed from had not the adapters that the model has."""
+    lost = [name for name, layer in adapted_layers(model).items() if layer.file_had_adapter is False]
+    if lost:
+        raise TrainingError(
+            "the Trainer resumes from a checkpoint without the adapters of these layers, which would start anew: "
+            f"{listing(lost)}\nTransformers saves some architectures (ViT) under other names than the model's, and its "
+            "Trainer does not find them again; save with model.save_pretrained(..., save_original_format=False), or "
+            "adapterzoo.save, and load that before training"
+        )
 
 
 def _check_gradients(attachment: Attachment) -> None:
