@@ -346,6 +346,7 @@ class AdaptedLinear(nn.Module):
     def train(self, mode: bool = True) -> Self:
         """As every module does; what is kept between calls is forgotten."""
         self._factors.clear()
+        self.base.train(mode)  # kernels of quantised layers go by it
         return super().train(mode)
 
     def site(self) -> Site:
@@ -489,7 +490,11 @@ class AdaptedLinear(nn.Module):
                 f"{where(self.name)} has an adapter with {', '.join(sorted(own))}, and the file one with "
                 f"{', '.join(sorted(found))}: that is another composition than {self.spec!r}"
             )
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        if self.form.keeps_state:
+            rest = {key: value for key, value in state_dict.items() if not key.startswith(f"{prefix}adapter.")}
+            self.base._load_from_state_dict(rest, prefix, metadata, strict, missing, unexpected, errors)
+        else:
+            super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         self.file_had_adapter = all(
             f"{prefix}adapter.{name}" in state_dict for name in self.adapter.state_dict()
         )

@@ -295,6 +295,14 @@ class Wrapper(Piece):
         """
         return {}
 
+    def neutral_magnitudes(self, inner: FactoredWeight, site: Site) -> Mapping[str, Tensor]:
+        """Magnitudes, by name, with which the piece leaves an inside that has been trained as it is.
+
+        Its initial values do so where the inside is W itself. A piece that measures its inside says here what else they
+        have to be; one whose initial values are neutral over anything has none.
+        """
+        return {}
+
 
 def check_is_spec(value: object, what: str) -> Piece:
     """The value; raise a SpecError unless it is a spec.

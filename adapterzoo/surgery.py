@@ -3,13 +3,14 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import prod
 
 import torch
 from torch import nn
 
 from adapterzoo.adapter import Adapter
 from adapterzoo.errors import MergedError, TargetError, UnsupportedLayerError, listing
-from adapterzoo.forms import form_of
+from adapterzoo.forms import Form, form_of
 from adapterzoo.layer import AdaptedLinear, adapted_layers
 from adapterzoo.merging import MergeReport
 from adapterzoo.pieces import Piece, check_is_spec
@@ -322,8 +323,18 @@ def _trained_elsewhere(model: nn.Module) -> tuple[str, ...]:
     )
 
 
+def _packed(model: nn.Module) -> dict[int, int]:
+    """How many numbers quantised weights stand for, by id: some pack two into a byte."""
+    forms: list[Form] = [layer.form for layer in adapted_layers(model).values()]
+    for module in model.modules():
+        kind = form_of(module)
+        if kind is not None and not kind.is_dense and kind.problem(module) is None:
+            forms.append(kind(module))
+    return {id(form.module.weight): prod(form.shape[:2]) for form in forms if not form.is_dense}
+
+
 def _plan(model: nn.Module, built: list[AdaptedLinear], selection: Selection) -> Plan:
-    parameters = list(model.parameters())
+    parameters, packed = list(model.parameters()), _packed(model)
     return Plan(
         adapted=tuple(
             Adapted(item.names, layer.spec, layer.shape,
@@ -333,7 +344,7 @@ def _plan(model: nn.Module, built: list[AdaptedLinear], selection: Selection) ->
         left_alone=tuple(LeftAlone(item.name, reason) for item, reason in selection.skipped),
         others=_other_kinds(model),
         trained=_trained_elsewhere(model),
-        total_parameters=sum(p.numel() for p in parameters),
+        total_parameters=sum(packed.get(id(p), p.numel()) for p in parameters),
         trainable_parameters=sum(p.numel() for p in parameters if p.requires_grad),
         model=model,
     )  # fmt: skip

@@ -54,6 +54,10 @@ class DoRA(Wrapper):
         stays = (~lives & (site.base.row_norms_sq() == 0)).to(gain.dtype)
         return inner.mix(gain + stays, gain)
 
+    def neutral_magnitudes(self, inner: FactoredWeight, site: Site) -> Mapping[str, Tensor]:
+        """m = the row norms of the inside."""
+        return {"magnitude": inner.row_norms()}
+
     def held_magnitudes(self, inner: FactoredWeight, params: Parameters, site: Site) -> Mapping[str, Tensor]:
         """m in proportion to n, where the gradient knows n."""
         if self.detach_norm:

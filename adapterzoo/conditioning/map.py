@@ -76,14 +76,22 @@ class MAP(Wrapper):
         length = self._length(inner, site)
         return {"beta": (params.beta * (length / length.detach())).to(params.beta.dtype)}
 
+    def neutral_magnitudes(self, inner: FactoredWeight, site: Site) -> Mapping[str, Tensor]:
+        """β = max(‖Δ‖_F, floor), and one where Δ = 0."""
+        length = self._length(inner, site)
+        return {"beta": torch.where(self._measured(inner) > 0, length, 1).to(site.dtype)}
+
     def _size(self, site: Site) -> Tensor:
         """‖W‖_F: [1], or ‖w_o‖: [out]."""
         return site.frobenius_norm() if self.per == "matrix" else site.row_norms()
+
+    def _measured(self, inner: FactoredWeight) -> Tensor:
+        """‖Δ‖_F: [1], or ‖Δ_o‖: [out], in float64."""
+        return inner.update_norm() if self.per == "matrix" else inner.update_row_norms()
 
     def _length(self, inner: FactoredWeight, site: Site) -> Tensor:
         """max(‖Δ‖_F, floor): [1], or max(‖Δ_o‖, floor_o): [out], in float64."""
         size = self._size(site)
         size = torch.where(size > 0, size, 1)
         floor = torch.full_like(size, _LITERAL_FLOOR) if self.floor == "literal" else self.floor * size
-        length = inner.update_norm() if self.per == "matrix" else inner.update_row_norms()
-        return torch.maximum(length, wide(floor.clamp_min(torch.finfo(size.dtype).tiny)))
+        return torch.maximum(self._measured(inner), wide(floor.clamp_min(torch.finfo(size.dtype).tiny)))

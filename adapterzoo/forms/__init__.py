@@ -6,8 +6,9 @@ from adapterzoo.forms.convolution import Convolution
 from adapterzoo.forms.embedding import Embedding
 from adapterzoo.forms.form import Form as Form
 from adapterzoo.forms.linear import Linear, Transposed
+from adapterzoo.forms.quantised import Quantised
 
-FORMS: tuple[type[Form], ...] = (Linear, Transposed, Convolution, Embedding)
+FORMS: tuple[type[Form], ...] = (Quantised, Linear, Transposed, Convolution, Embedding)
 """Every kind, in the order in which a module is offered to them."""
 
 

@@ -6,7 +6,7 @@ from typing import ClassVar, cast
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adapterzoo.base import WeightShape
+from adapterzoo.base import Base, WeightShape
 from adapterzoo.factored import FactoredWeight
 from adapterzoo.forms.form import OWN_FORWARD, Form, has_own_forward, wrong_dtype
 from adapterzoo.functional import factored_linear
@@ -55,18 +55,26 @@ class Linear(Form):
         self, x: Tensor, stored: Tensor, weight: FactoredWeight, bias: Tensor | None, dropout: float, lean: bool
     ) -> Tensor:
         """X W'ᵀ + bias: [..., in] -> [..., out], by the one kernel."""
-        return factored_linear(
-            x,
-            weight.base,
-            weight.delta,
-            weight.U,
-            None if weight.V is None else weight.V.value,
-            bias,
-            remainder=weight.remainder,
-            dropout=dropout,
-            drop_rows=weight.drop_rows,
-            lean=lean,
-        )
+        return through_the_kernel(x, weight.base, weight, bias, dropout, lean)
+
+
+def through_the_kernel(
+    x: Tensor, base: Base, weight: FactoredWeight, bias: Tensor | None, dropout: float, lean: bool
+) -> Tensor:
+    """X W'ᵀ + bias: [..., in] -> [..., out], with x Wᵀ by the base that is given."""
+    V = None if weight.V is None else weight.V.value
+    return factored_linear(
+        x,
+        base,
+        weight.delta,
+        weight.U,
+        V,
+        bias,
+        remainder=weight.remainder,
+        dropout=dropout,
+        drop_rows=weight.drop_rows,
+        lean=lean,
+    )
 
 
 class Transposed(Linear):

@@ -1,0 +1,1 @@
+"""Files of other libraries, and for them."""
