@@ -8,7 +8,9 @@ Example:
     torch.Size([4, 32])
 """
 
-from adapterzoo.analysis.counting import count as count
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from adapterzoo.compositions import AdaLoMAP as AdaLoMAP
 from adapterzoo.compositions import FLoMAP as FLoMAP
 from adapterzoo.compositions import LoMAP as LoMAP
@@ -17,6 +19,7 @@ from adapterzoo.conditioning import MAP as MAP
 from adapterzoo.conditioning import SORA as SORA
 from adapterzoo.conditioning import DoRA as DoRA
 from adapterzoo.conditioning import PreDiag as PreDiag
+from adapterzoo.errors import did_you_mean
 from adapterzoo.layer import AdaptedLinear as AdaptedLinear
 from adapterzoo.layer import adapted_layers as adapted_layers
 from adapterzoo.methods import AdaLoRA as AdaLoRA
@@ -43,4 +46,36 @@ from adapterzoo.training.groups import param_groups as param_groups
 from adapterzoo.training.penalty import penalty as penalty
 from adapterzoo.training.stages import stages as stages
 
+if TYPE_CHECKING:
+    from adapterzoo.analysis.counting import count as count
+    from adapterzoo.checkpoint.inspection import inspect as inspect
+    from adapterzoo.checkpoint.loading import load as load
+    from adapterzoo.checkpoint.saving import save as save
+    from adapterzoo.interop.merged import merge_and_save as merge_and_save
+    from adapterzoo.interop.peft_export import export_peft as export_peft
+    from adapterzoo.interop.peft_import import import_peft as import_peft
+    from adapterzoo.interop.truncated import export_lora as export_lora
+
 __version__ = "0.1.0"
+
+# Files, exports and counts are imported when they are first asked for: that keeps the import light.
+_LATER = {
+    "count": "adapterzoo.analysis.counting",
+    "inspect": "adapterzoo.checkpoint.inspection",
+    "load": "adapterzoo.checkpoint.loading",
+    "save": "adapterzoo.checkpoint.saving",
+    "merge_and_save": "adapterzoo.interop.merged",
+    "export_peft": "adapterzoo.interop.peft_export",
+    "import_peft": "adapterzoo.interop.peft_import",
+    "export_lora": "adapterzoo.interop.truncated",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module 'adapterzoo' has no attribute {name!r}{did_you_mean(name, __dir__())}")
+    return getattr(import_module(_LATER[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})

@@ -124,6 +124,40 @@ class MissingPackageError(AdapterError, ImportError):
     """An optional package that is asked for is not installed."""
 
 
+class CheckpointError(AdapterError, RuntimeError):
+    """A file of adapters that can't be written, read, or loaded into this model. Nothing was changed.
+
+    Args:
+        what: the sentence before the list.
+        problems: everything that is wrong, one sentence each; the message shows the first of them.
+    """
+
+    def __init__(self, what: str, problems: Sequence[str] = ()) -> None:
+        self.problems = tuple(problems)
+        super().__init__(f"{what}:{listing(self.problems, 40)}" if problems else what)
+
+
+class NotFiniteWarning(UserWarning):
+    """Values that are saved hold NaN or infinity."""
+
+
+class ExportError(AdapterError, ValueError):
+    """A model, or a directory, that can't be written as was asked. No file was changed."""
+
+
+class PeftError(AdapterError, ValueError):
+    """A model that PEFT's format can't hold, or files that no adapter can be read from. Nothing was changed.
+
+    Args:
+        what: what was tried.
+        problems: everything that stands against it.
+    """
+
+    def __init__(self, what: str, problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        super().__init__(f"{what}:{listing(self.problems)}")
+
+
 class CommandError(AdapterError):
     """What was asked for on the command line can't be done."""
 

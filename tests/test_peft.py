@@ -20,9 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from adapterzoo import MAP, SORA, AdaLoRA, DoRA, FLoRA, LoRA, PreDiag, adapt, adapted_layers, attach, compact, unload
-from adapterzoo.errors import SpecError, TargetError
+from adapterzoo.errors import PeftError, SpecError, TargetError
 from adapterzoo.interop.peft_config import read_config
-from adapterzoo.interop.peft_error import PeftError
 from adapterzoo.interop.peft_export import export_peft
 from adapterzoo.interop.peft_import import import_peft
 from adapterzoo.interop.peft_names import exact_patterns, exact_targets, is_meant, value_for

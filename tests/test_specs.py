@@ -31,7 +31,7 @@ BAD_TEXTS = {
     "LoRA(dropuot=0.1)": "no field 'dropuot'.*did you mean 'dropout'",
     "SORA(LoRA(), map='cay')": "'cayley', 'exp' or 'first_order'",
     "MAP(LoRA(), floor=0)": 'floor=0 is not valid: it should be a finite number > 0, or "literal"',
-    "FLoRA(r=(8,))": r"FLoRA: r=\(8,\) is not valid: it should be a whole number ≥ 1, a tuple \(r_out, r_in\), or \(r_out, r_in, r_kh, r_kw\) for a Conv2d",
+    "FLoRA(r=(8,))": r"FLoRA: r=\(8,\) is not valid: it should be a whole number ≥ 1, a tuple \(r_out, r_in\)",
     "LORA(r=8)": "unknown piece 'LORA'; known pieces: .*did you mean 'LoRA'",
     "MAP(LoRA(r=8)": "is not a spec",
     "": "is not a spec",

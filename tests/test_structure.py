@@ -149,3 +149,14 @@ def test_every_piece_has_a_page_and_a_row():
 def test_a_method_stays_small():
     for path in [*(ROOT / "methods").glob("*.py"), *(ROOT / "conditioning").glob("*.py")]:
         assert len(path.read_text().splitlines()) <= 130, path.name
+
+
+def test_what_is_imported_late_is_what_type_checkers_see():
+    tree = ast.parse((ROOT / "__init__.py").read_text())
+    typed = next(node for node in tree.body if isinstance(node, ast.If)).body
+    assert {alias.asname: node.module for node in typed for alias in node.names} == adapterzoo._LATER
+    for name, module in adapterzoo._LATER.items():
+        assert getattr(adapterzoo, name) is getattr(importlib.import_module(module), name)
+        assert name in dir(adapterzoo)
+    with pytest.raises(AttributeError, match="no attribute 'sav'; did you mean 'save'"):
+        _ = adapterzoo.sav

@@ -50,8 +50,7 @@ def count(
 
     Example:
         >>> from torch import nn
-        >>> from adapterzoo import DoRA, LoRA
-        >>> from adapterzoo.analysis.counting import count
+        >>> from adapterzoo import DoRA, LoRA, count
         >>> model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64))
         >>> print(count(model, DoRA(LoRA(r=2))))
         Sequential in float32, with DoRA(LoRA(r=2))

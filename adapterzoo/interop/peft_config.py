@@ -7,8 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from adapterzoo.conditioning import DoRA
-from adapterzoo.errors import SpecError, did_you_mean
-from adapterzoo.interop.peft_error import PeftError
+from adapterzoo.errors import PeftError, SpecError, did_you_mean
 from adapterzoo.interop.peft_names import bars, index_of_layer, is_meant, value_for
 from adapterzoo.methods import AdaLoRA, LoRA
 from adapterzoo.pieces import Piece

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adapterzoo.errors import TargetError
-from adapterzoo.interop.peft_error import PeftError
+from adapterzoo.errors import PeftError, TargetError
 from adapterzoo.interop.peft_files import write_pair
 from adapterzoo.interop.peft_fit import misfits
 from adapterzoo.interop.peft_layouts import slots, to_file
@@ -19,7 +18,7 @@ from adapterzoo.layer import AdaptedLinear, adapted_layers
 from adapterzoo.methods import AdaLoRA, LoRA
 from adapterzoo.methods.scaled import RankScaled
 from adapterzoo.pieces import Piece, layers_of
-from adapterzoo.sharded import gathered, is_sharded
+from adapterzoo.sharded import gathered, is_sharded, reshard
 from adapterzoo.watch import WATCH
 
 _WHAT = "this model can't be written in PEFT's format, and nothing was written"
@@ -81,8 +80,7 @@ def export_peft(
 
     Example:
         >>> import tempfile, torch
-        >>> from adapterzoo import LoRA, adapt
-        >>> from adapterzoo.interop.peft_export import export_peft
+        >>> from adapterzoo import LoRA, adapt, export_peft
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
         >>> plan = adapt(model, LoRA(r=2, alpha=8))
         >>> with tempfile.TemporaryDirectory() as directory:
@@ -91,6 +89,7 @@ def export_peft(
         ['adapter_config.json', 'adapter_model.safetensors']
     """
     model = getattr(model, "_orig_mod", model)  # what torch.compile was given
+    reshard(model)  # what FSDP2 has gathered for a forward is thrown away
     layers = adapted_layers(model)
     if not layers:
         raise TargetError(f"this {type(model).__name__} has no adapted layer; adapt(model, spec) makes them")

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from adapterzoo.interop.peft_error import PeftError
+from adapterzoo.errors import PeftError
 from adapterzoo.interop.staged import staged
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"

@@ -17,19 +17,25 @@ _INSTEAD = "merge_and_save writes merged weights, export_lora a LoRA by SVD"
 
 def misfits(model: nn.Module, layers: Mapping[str, AdaptedLinear]) -> list[str]:
     """Everything that stands against an export, as sentences that name layers."""
-    names: dict[nn.Module, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        names.setdefault(module, []).append(name)
     found = [f"{name}: {problem}" for name, layer in layers.items() if (problem := _misfit(layer)) is not None]
-    found += [
-        f"{' = '.join(names[layer])}: one layer with several names; PEFT adapts the first alone"
-        for layer in layers.values()
-        if len(names[layer]) > 1
-    ]
+    found += several_names(model)
     wrapper = wrapper_of_processes(model)
     if wrapper is not None:
         found.append(f"the model is in a {wrapper}, which changes the names of its layers; export the model inside it")
     return found or _differences({name: layer.spec for name, layer in layers.items()})
+
+
+def several_names(model: nn.Module) -> list[str]:
+    """Adapted layers that a model has under several names, as sentences."""
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, AdaptedLinear):
+            names.setdefault(module, []).append(name)
+    return [
+        f"{' = '.join(own)}: one layer with several names; PEFT adapts the first alone"
+        for own in names.values()
+        if len(own) > 1
+    ]
 
 
 def _misfit(layer: AdaptedLinear) -> str | None:
@@ -37,12 +43,12 @@ def _misfit(layer: AdaptedLinear) -> str | None:
         return f"PEFT has no format for {layer.spec!r}; it has LoRA, DoRA(LoRA) and AdaLoRA. {_INSTEAD}"
     if any(value.is_meta for value in layer.adapter.state_dict().values()):
         return "it is on the meta device and has no values yet"
-    return _wrong_on_kind(layer) or _zero_rows(layer)
+    return wrong_on_kind(layer, layer.spec) or _zero_rows(layer)
 
 
-def _wrong_on_kind(layer: AdaptedLinear) -> str | None:
-    """Kinds of layers that PEFT does not adapt so, or computes wrongly."""
-    adaptive = isinstance(layer.spec, AdaLoRA)
+def wrong_on_kind(layer: AdaptedLinear, spec: Piece) -> str | None:
+    """Say why PEFT does not adapt a kind of layer with a spec, or computes it wrongly; None if it does it right."""
+    adaptive = isinstance(spec, AdaLoRA)
     if adaptive and (layer.kind == "embedding" or len(layer.shape.kernel) in (1, 3)):
         return f"PEFT has no AdaLoRA for {type(layer.base).__name__}. {_INSTEAD}"
     base = layer.base

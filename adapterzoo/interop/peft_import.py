@@ -8,10 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from adapterzoo.errors import TargetError
+from adapterzoo.errors import PeftError, TargetError
 from adapterzoo.interop.peft_agree import agreed_specs, too_wide
 from adapterzoo.interop.peft_config import read_config
-from adapterzoo.interop.peft_error import PeftError
 from adapterzoo.interop.peft_files import read_pair
 from adapterzoo.interop.peft_keys import Contents, sort_tensors
 from adapterzoo.interop.peft_layouts import from_file, slots
@@ -63,9 +62,8 @@ def import_peft(
 
     Example:
         >>> import tempfile, torch
-        >>> from adapterzoo import LoRA, adapt, unload
-        >>> from adapterzoo.interop.peft_export import export_peft
-        >>> from adapterzoo.interop.peft_import import import_peft
+        >>> from adapterzoo import LoRA, adapt, unload, export_peft
+        >>> from adapterzoo import import_peft
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
         >>> plan = adapt(model, LoRA(r=2, alpha=8))
         >>> with tempfile.TemporaryDirectory() as directory:

@@ -11,15 +11,11 @@ from pathlib import Path
 
 from torch import nn
 
-from adapterzoo.errors import AdapterError, TargetError, listing
+from adapterzoo.errors import ExportError, TargetError, listing
 from adapterzoo.layer import AdaptedLinear, adapted_layers
 from adapterzoo.sharded import is_sharded, reshard, wrapper_of_processes
 
 _WEIGHTS = re.compile(r"(?P<stem>.+?)(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
-
-
-class ExportError(AdapterError, ValueError):
-    """A model, or a directory, that can't be written as was asked. No file was changed."""
 
 
 @dataclass(frozen=True)

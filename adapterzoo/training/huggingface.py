@@ -29,8 +29,8 @@ class Attach(TrainerCallback):  # type: ignore[misc]
         add_penalty: as `attach` takes it.
 
     Raises:
-        TrainingError: in `trainer.train()`: what `attach` raises; if a checkpoint that is resumed from lacks adapters of
-            the model; and if the first backward gave no adapter a gradient.
+        TrainingError: in `trainer.train()`: what `attach` raises; if a checkpoint that is resumed from lacks adapters
+            of the model; and if the first backward gave no adapter a gradient.
 
     Example:
         >>> from adapterzoo.training import huggingface as az_hf
