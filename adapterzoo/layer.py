@@ -495,9 +495,7 @@ class AdaptedLinear(nn.Module):
             self.base._load_from_state_dict(rest, prefix, metadata, strict, missing, unexpected, errors)
         else:
             super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
-        self.file_had_adapter = all(
-            f"{prefix}adapter.{name}" in state_dict for name in self.adapter.state_dict()
-        )
+        self.file_had_adapter = all(f"{prefix}adapter.{name}" in state_dict for name in self.adapter.state_dict())
 
     def after_load(self) -> None:
         """Take note of loaded values: a file with the whole adapter initialises it, if it is not on the meta device."""

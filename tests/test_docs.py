@@ -57,3 +57,10 @@ def test_the_figures_of_the_speed_page_are_those_of_the_results():
     page = page_of_figures.PAGE.read_text()
     assert page_of_figures.filled(page) == page
     assert "<!-- figures:" in page
+
+
+def test_every_test_that_the_page_of_invariants_names_is_there():
+    named = re.findall(r"`(test_\w+)::(test_\w+)`", (REPO / "docs" / "invariants.md").read_text())
+    assert len(named) > 60
+    for file, test in named:
+        assert re.search(rf"def {test}\(", (REPO / "tests" / f"{file}.py").read_text()), f"{file} has no {test}"

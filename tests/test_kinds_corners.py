@@ -19,6 +19,7 @@ from adapterzoo.base import DenseBase
 from adapterzoo.errors import InputError, PieceError, UnsupportedLayerError
 from adapterzoo.factored import FactoredWeight
 from adapterzoo.kept import NormCache
+from adapterzoo.merging import MergeReport
 from adapterzoo.pieces import Generator, Role
 
 KINDS = {
@@ -127,14 +128,15 @@ class TestRoundingInSixteenBits:
     """Errors are measured in those of one rounding of the exact result."""
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    @pytest.mark.parametrize(("kind", "roundings"), [("convolution", 1.35), ("embedding", 1.001)])
-    def test_gains_near_one_and_large_biases_keep_their_digits(self, kind, roundings, dtype):
+    @pytest.mark.parametrize(
+        ("kind", "bias", "roundings"), [("convolution", 0, 1.6), ("convolution", 4, 1.35), ("embedding", 0, 1.001)]
+    )
+    def test_gains_near_one_and_large_biases_keep_their_digits(self, kind, bias, roundings, dtype):
         torch.manual_seed(0)
         base = nn.Conv1d(64, 96, 1) if kind == "convolution" else nn.Embedding(500, 96)
         x = torch.randn(40, 64, 5, dtype=dtype) if kind == "convolution" else torch.arange(500)
-        with torch.no_grad():
-            if kind == "convolution":
-                base.bias.copy_(4 * torch.randn(96))
+        if kind == "convolution":
+            nn.init.normal_(base.bias, std=bias)
         layer = AdaptedLinear(base.to(dtype), PreDiag(LoRA(r=4)))
         with torch.no_grad():
             layer.adapter.diag.add_(0.45 * torch.finfo(dtype).eps)
@@ -236,7 +238,7 @@ class TestWhatIsRefused:
         layer = AdaptedLinear(nn.Conv1d(4, 6, 3), LoRA(r=2), name="stem")
         ragged = torch.nested.nested_tensor([torch.randn(5, 4), torch.randn(7, 4)], layout=torch.jagged)
         for x in (ragged, ragged.transpose(1, 2)):
-            with pytest.raises(InputError, match=r"layer 'stem' takes inputs \[batch, 4, W\]; got \[2, "):
+            with pytest.raises(InputError, match=r"layer 'stem' takes inputs \[batch, 4, W\]; got (\[2, |a nested)"):
                 layer(x)
 
     @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
@@ -400,7 +402,34 @@ def test_channels_last_models_compute_and_keep_their_format():
     torch.testing.assert_close(other(x), before)
 
 
+class TestWholeModels:
+    def test_a_layer_by_itself_is_no_model(self):
+        for layer in (nn.Conv2d(4, 6, 3), nn.Embedding(5, 3), Conv1D(6, 4)):
+            with pytest.raises(UnsupportedLayerError, match="it is the model itself"):
+                az.adapt(layer, LoRA(r=2))
+
+    def test_plans_speak_of_linear_layers_alone(self):
+        model = nn.Sequential(nn.Conv2d(4, 6, 3), nn.Linear(6, 3), nn.Embedding(5, 3), nn.Linear(3, 3))
+        first = az.adapt(model, targets={"0": LoRA(r=2), "2": None}, exclude=["3"])
+        assert [item.names[0] for item in first.adapted] == ["0"]
+        assert [(item.name, item.reason) for item in first.left_alone] == [("3", "excluded"), ("1", "not targeted")]
+        second = az.adapt(model, LoRA(r=2), exclude=["3"])
+        assert [item.names[0] for item in second.adapted] == ["1"]
+        assert [item.name for item in second.left_alone] == ["3"]
+
+    def test_a_merge_says_the_worst_first_and_only_what_was_lost(self):
+        text = str(MergeReport({"a": 0.1, "b": 0.0, "c": 0.3}))
+        assert text.startswith("3 layers merged; share of the update lost")
+        assert text.index("c: 30.00%") < text.index("a: 10.00%")
+        assert "b:" not in text
+        assert MergeReport({}).worst == 0
+
+
 class TestStarts:
+    def test_the_rank_of_a_tucker_update_is_the_smaller_one(self):
+        for r in ((2, 4), (4, 2)):
+            assert AdaptedLinear(nn.Linear(8, 9), FLoRA(r=r)).factored_weight().U.shape == (9, 2)
+
     def test_every_mode_of_a_kernel_has_a_factor_of_its_own(self):
         spec = FLoRA(r=(2, 2, 3, 3))
         bare, wrapped = (AdaptedLinear(nn.Conv2d(4, 4, 3), own).adapter.generator for own in (spec, MAP(spec)))

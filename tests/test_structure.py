@@ -30,8 +30,18 @@ STRANGERS = {
     **{
         room: {"methods", "conditioning", "compositions"}
         for room in (
-            "quantised", "forms", "adapter", "support", "watch", "layer", "merging", "targets", "plan", "surgery",
-            "checkpoint", "analysis",
+            "quantised",
+            "forms",
+            "adapter",
+            "support",
+            "watch",
+            "layer",
+            "merging",
+            "targets",
+            "plan",
+            "surgery",
+            "checkpoint",
+            "analysis",
         )
     },
 }
