@@ -89,16 +89,21 @@ class DenseBase:
         weight: Tensor,
         norms: NormCache,
         matrix: Callable[[Tensor], Tensor] | None = None,
-        kernel: tuple[int, ...] = (),
+        shape: WeightShape | None = None,
     ) -> None:
         self.weight = weight
-        self.matrix = weight if matrix is None else matrix(weight)
-        self._to_matrix, self._norms, self._kernel = matrix, norms, kernel
+        self._to_matrix, self._norms = matrix, norms
+        self._shape = WeightShape(*weight.shape) if shape is None else shape
+
+    @property
+    def matrix(self) -> Tensor:
+        """W: [out, in]; a copy where the layout has no view of it, so it is made only where it is read."""
+        return self.weight if self._to_matrix is None else self._to_matrix(self.weight)
 
     @property
     def shape(self) -> WeightShape:
         """(out, in), and the kernel."""
-        return WeightShape(self.matrix.shape[0], self.matrix.shape[1], self._kernel)
+        return self._shape
 
     @property
     def dtype(self) -> torch.dtype:

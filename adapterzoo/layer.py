@@ -39,6 +39,22 @@ from adapterzoo.watch import WATCH
 _GONE = "was merged with keep_base=False: its base weight is gone; unload(model, merge=True) makes it a plain layer"
 
 
+class _Option:
+    """An option of the base, such as a convolution's stride: set on the layer, it is set where it is read."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, layer: nn.Module, owner: type) -> Any:
+        try:
+            return vars(layer.__dict__["base"])[self.name]
+        except KeyError:
+            raise AttributeError(f"{owner.__name__!r} object has no attribute {self.name!r}") from None
+
+    def __set__(self, layer: nn.Module, value: Any) -> None:
+        setattr(layer.__dict__["base"], self.name, value)
+
+
 class Merge(NamedTuple):
     """What a merge will store: W', the base weight to keep (None: it is dropped), and where it was asked to be.
 
@@ -96,6 +112,9 @@ class AdaptedLinear(nn.Module):
     form: Form
     weight: nn.Parameter
     unmerged_weight: Tensor | None
+
+    # (Not by a __setattr__ of its own: FSDP2 writes what it gathers past that of nn.Module, and by any other not.)
+    stride, padding, dilation, groups, padding_mode, padding_idx = (_Option() for _ in range(6))
 
     def __init__(
         self,
@@ -170,7 +189,10 @@ class AdaptedLinear(nn.Module):
             base = self.__dict__.get("base")
             if base is None or name.startswith("_") or not hasattr(base, name):
                 raise
-            return getattr(base, name)
+            value = getattr(base, name)
+            if callable(value) and name not in vars(base):  # a method, such as reset_parameters, is none of ours
+                raise
+            return value
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply W' and the bias, as the base applies W and the bias.
@@ -195,7 +217,7 @@ class AdaptedLinear(nn.Module):
 
     @property
     def _bias(self) -> Tensor | None:
-        return self._parameters.get("bias")
+        return getattr(self, "bias", None)  # no parameter where it was pruned or parametrised
 
     def factored_weight(self) -> FactoredWeight:
         """W' in normal form, from the parameters as they are now; differentiable."""
@@ -505,7 +527,8 @@ class AdaptedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """What the base says of itself, and the spec."""
-        return f"{self.base.extra_repr()}, spec={self.spec!r}{', merged' if self.merged else ''}"
+        own = self.base.extra_repr() or f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{own}, spec={self.spec!r}{', merged' if self.merged else ''}"
 
 
 def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:

@@ -10,6 +10,8 @@ from reference import adapted, tree_of
 from torch import nn
 from torch.func import functional_call, grad, jvp, stack_module_state, vmap
 from torch.nn import functional as F
+from torch.nn.utils import parametrize, prune
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
@@ -461,6 +463,14 @@ class TestStarts:
         assert float(layer.adapter.alpha.grad[1]) == 0
         assert all(p.grad.isfinite().all() for p in layer.adapter.parameters())
 
+    @pytest.mark.parametrize("per", ["matrix", "channel"])
+    def test_map_over_a_weight_at_the_end_of_its_dtype_starts_finite(self, per):
+        base = nn.Conv1d(3, 4, 2, bias=False)
+        nn.init.constant_(base.weight, 1e-44)  # a hundredth of its norm is no number of float32
+        layer, x = AdaptedLinear(base, MAP(LoRA(r=2), per=per)), torch.randn(2, 3, 5)
+        assert torch.equal(layer.effective_weight(), base.weight)
+        torch.testing.assert_close(layer(x), base(x), rtol=0, atol=1e-42)
+
 
 class Net(nn.Module):
     """It reads of its layers what models read of them."""
@@ -543,3 +553,130 @@ def test_a_bias_is_added_once_whatever_the_gain():
         layer.adapter.diag.fill_(5.0)
     x = torch.randn(2, 3, 6)
     torch.testing.assert_close(layer(x), 5 * F.conv1d(x, base.weight) + base.bias[:, None])
+
+
+class Twice(nn.Module):
+    def forward(self, value):
+        return 2 * value
+
+
+def plain_tensor(layer, name):
+    value = getattr(layer, name).detach().clone()
+    delattr(layer, name)
+    setattr(layer, name, value)
+
+
+@pytest.mark.parametrize("spec", [LoRA(r=2), DoRA(LoRA(r=2))], ids=repr)
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: parametrize.register_parametrization(layer, "bias", Twice()),
+        lambda layer: prune.identity(layer, "bias"),
+        lambda layer: plain_tensor(layer, "bias"),
+    ],
+    ids=["parametrised", "pruned", "plain tensor"],
+)
+@pytest.mark.parametrize("off", [False, True])
+def test_a_bias_that_is_no_parameter_any_more_is_still_added(spec, change, off):
+    layer, x = AdaptedLinear(nn.Linear(4, 6), spec), torch.randn(3, 4)
+    change(layer)
+    layer.disabled = off
+    torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
+
+
+@pytest.mark.parametrize("spec", [LoRA(r=2), DoRA(LoRA(r=2))], ids=repr)
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: parametrize.register_parametrization(layer, "weight", Twice()),
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.3),
+        lambda layer: plain_tensor(layer, "weight"),
+    ],
+    ids=["parametrised", "pruned", "plain tensor"],
+)
+def test_a_weight_that_was_pruned_or_parametrised_afterwards_is_the_one_that_is_applied(spec, change):
+    layer, x = AdaptedLinear(nn.Linear(4, 6), spec), torch.randn(3, 4)
+    change(layer)
+    weight = layer.weight
+    rows = weight.norm(dim=1, keepdim=True)
+    gain = 1 if isinstance(spec, LoRA) else layer.adapter.magnitude[:, None] / rows
+    torch.testing.assert_close(layer(x), F.linear(x, gain * weight, layer.bias))
+    assert (layer.shape, layer.in_features) == ((6, 4, ()), 4)
+
+
+@pytest.mark.parametrize(("name", "value"), [("stride", (2, 2)), ("padding_mode", "circular"), ("dilation", (2, 2))])
+def test_options_that_are_set_are_applied_or_refused(name, value):
+    layer, plain = AdaptedLinear(nn.Conv2d(4, 6, 3, padding=1), LoRA(r=2)), nn.Conv2d(4, 6, 3, padding=1)
+    try:
+        setattr(layer, name, value)
+    except AttributeError:
+        return
+    assert getattr(layer.base, name) == getattr(layer, name)
+    setattr(plain, name, value)
+    x = torch.randn(1, 4, 8, 8)
+    assert layer(x).shape == plain(x).shape
+    assert getattr(az.unload(layer, merge=False), name) == value
+
+
+class Copies(TorchDispatchMode):
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten.clone.default, torch.ops.aten._unsafe_view.default):
+            self.largest = max(self.largest, out.numel())
+        return out
+
+
+def test_a_channels_last_kernel_is_not_copied_in_every_forward():
+    layer = AdaptedLinear(nn.Conv2d(64, 64, 3), LoRA(r=2)).to(memory_format=torch.channels_last)
+    x = torch.randn(1, 64, 4, 4).to(memory_format=torch.channels_last)
+    with Copies() as seen:
+        layer(x)
+    assert seen.largest < layer.weight.numel()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("spec", [SORA(FLoRA(r=8), rank=4)], ids=repr)
+def test_a_convolution_rounds_as_often_as_a_linear_layer(spec, dtype):
+    torch.manual_seed(0)
+    line, conv = nn.Linear(64, 64).to(dtype), nn.Conv2d(64, 64, 1).to(dtype)
+    conv.load_state_dict({"weight": line.weight.detach()[..., None, None], "bias": line.bias.detach()})
+    line, conv = AdaptedLinear(line, spec), AdaptedLinear(conv, spec)
+    with torch.no_grad():
+        for parameter in line.adapter.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+        own = conv.state_dict()
+        conv.load_state_dict({name: value.reshape(own[name].shape) for name, value in line.state_dict().items()})
+        x = torch.randn(512, 64).to(dtype)
+        true = F.linear(x.double(), line.factored_weight().dense().double(), line.bias.double())
+        errors = [(y.double() - true).norm() for y in (line(x), conv(x[..., None, None])[..., 0, 0])]
+    assert errors[1] < 1.1 * errors[0]  # 1.26 now
+
+
+def test_a_kernel_that_is_formed_under_autocast_is_formed_in_float32():
+    eps = torch.finfo(torch.bfloat16).eps
+    layer = AdaptedLinear(nn.Conv1d(1, 1, 1, bias=False), LoRA(r=1, alpha=1))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        layer.weight.zero_()
+        layer.adapter.B.fill_(1 + 0.4 * eps)
+        layer.adapter.A.fill_(1.5 / (1 + 0.4 * eps))
+        assert float(layer(torch.ones(1, 1, 1))) == 1.5
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_strided_nested_batch_is_refused_by_name():
+    layer = AdaptedLinear(nn.Conv1d(4, 6, 3), LoRA(r=2), name="stem")
+    with pytest.raises(InputError, match="stem"):
+        layer(torch.nested.nested_tensor([torch.randn(4, 5), torch.randn(4, 7)]))
+
+
+def test_the_repr_of_a_transposed_layer_says_its_sizes():
+    text = repr(AdaptedLinear(Conv1D(6, 4), LoRA(r=2)))
+    assert "\n  , spec" not in text
+
+
+def test_methods_of_the_base_that_would_overwrite_it_are_none_of_the_layers():
+    layer = AdaptedLinear(nn.Conv2d(4, 6, 3), LoRA(r=2))
+    assert not hasattr(layer, "reset_parameters")
+    assert layer.padding_mode == "zeros"

@@ -53,8 +53,7 @@ class Convolution(Form):
             return OWN_FORWARD
         return super().problem(module)
 
-    @property
-    def shape(self) -> WeightShape:
+    def _shape(self) -> WeightShape:
         """(out_channels, in/groups · kernel elements, kernel size)."""
         out, *rest = self.module.weight.shape
         return WeightShape(out, prod(rest), tuple(rest[1:]))
@@ -72,7 +71,8 @@ class Convolution(Form):
         dims = len(self.module.kernel_size)
         if x.is_nested or x.dim() not in (dims + 1, dims + 2) or x.shape[-dims - 1] != self.module.in_channels:
             places = ", ".join("DHW"[3 - dims :])
-            return f"takes inputs [batch, {self.module.in_channels}, {places}]; got {list(x.shape)}"
+            got = "a nested tensor" if x.is_nested else list(x.shape)
+            return f"takes inputs [batch, {self.module.in_channels}, {places}]; got {got}"
         return wrong_dtype(x, weight)
 
     def plain(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -90,9 +90,10 @@ class Convolution(Form):
         if weight.remainder is not None:
             updates.append(self.plain(x, self._cast(weight.remainder, z), None))
         with torch.autocast(x.device.type, enabled=False):
-            y = z
+            y, total = z, torch.promote_types(z.dtype, torch.float32)
+            if len(updates) > 1:  # a single one is added with one rounding in any case
+                y = z.to(total)
             if delta is not None:
-                total = torch.promote_types(z.dtype, torch.float32)
                 y = z * self._per_channel(1 + delta).to(total)
                 y = y if bias is None else y + self._per_channel(bias).to(total)
             for update in updates:
@@ -116,7 +117,9 @@ class Convolution(Form):
         groups, (out, columns) = self.module.groups, self.shape[:2]
         x, U, V, steps = term
         if self._cost(V, steps) >= out * columns:
-            return self.plain(x, self._cast(U @ V, x), None)
+            with torch.autocast(x.device.type, enabled=False):
+                kernel = self._cast(U @ V, x)
+            return self.plain(x, kernel, None)
         if steps is None:
             hidden = self.plain(x, self._cast(V, x).repeat(groups, *self._ones), None)
         else:

@@ -42,8 +42,7 @@ class Embedding(Form):
                 return f"{option}=True is about gradients of its weight, which is frozen; build it with {option}=False"
         return super().problem(module)
 
-    @property
-    def shape(self) -> WeightShape:
+    def _shape(self) -> WeightShape:
         """(embedding_dim, num_embeddings)."""
         entries, dimensions = self.module.weight.shape
         return WeightShape(dimensions, entries)

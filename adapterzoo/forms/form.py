@@ -42,8 +42,12 @@ class Form(ABC):
     keeps_state: ClassVar[bool] = False
     """Whether its modules have buffers, or hooks on their files, of their own."""
 
+    shape: WeightShape
+    """(out, in) of W, and the kernel of a convolution: as they were when the layer was adapted."""
+
     def __init__(self, module: nn.Module) -> None:
         self.module = module
+        self.shape = self._shape()
 
     @classmethod
     @abstractmethod
@@ -58,9 +62,8 @@ class Form(ABC):
             return f"its weight is a {type(weight).__name__} of {weight.dtype}, not an ordinary matrix"
         return None
 
-    @property
     @abstractmethod
-    def shape(self) -> WeightShape:
+    def _shape(self) -> WeightShape:
         """(out, in) of W, and the kernel of a convolution."""
 
     @abstractmethod
@@ -77,7 +80,7 @@ class Form(ABC):
 
     def base(self, weight: Tensor, norms: NormCache) -> Base:
         """The four calls, for a weight in the layer's layout."""
-        return DenseBase(weight, norms, self.matrix, self.shape.kernel)
+        return DenseBase(weight, norms, self.matrix, self.shape)
 
     @abstractmethod
     def bad_input(self, x: Tensor, weight: Tensor) -> str | None:

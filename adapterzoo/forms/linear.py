@@ -27,8 +27,7 @@ class Linear(Form):
         """It needs torch's own forward and an ordinary weight."""
         return OWN_FORWARD if has_own_forward(module, [nn.Linear]) else super().problem(module)
 
-    @property
-    def shape(self) -> WeightShape:
+    def _shape(self) -> WeightShape:
         """(out_features, in_features)."""
         return WeightShape(*self.matrix(cast(Tensor, self.module.weight)).shape)
 

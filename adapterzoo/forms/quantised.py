@@ -26,9 +26,9 @@ class Quantised(Form):
     keeps_state: ClassVar[bool] = True
 
     def __init__(self, module: nn.Module) -> None:
-        super().__init__(module)
         found = find(module)
         assert found is not None  # `problem` comes before
+        super().__init__(module)
         self._class = found
         self.kind = found.kind  # type: ignore[misc]
 
@@ -43,8 +43,7 @@ class Quantised(Form):
         kind = find(module)
         return refusal(module) if kind is None else kind.problem(module)
 
-    @property
-    def shape(self) -> WeightShape:
+    def _shape(self) -> WeightShape:
         """(out_features, in_features): the weight itself may be packed."""
         module: Any = self.module
         return WeightShape(module.out_features, module.in_features)
