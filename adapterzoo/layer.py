@@ -20,6 +20,7 @@ from adapterzoo.errors import (
 )
 from adapterzoo.factored import FactoredWeight
 from adapterzoo.forms import Form, form_of
+from adapterzoo.forms.nested import by_token
 from adapterzoo.kept import KeptFactors, NormCache
 from adapterzoo.pieces import Piece, Site
 from adapterzoo.precision import full_precision
@@ -27,6 +28,7 @@ from adapterzoo.sharded import gathered, is_sharded, local, sharded_like, write
 from adapterzoo.support import (
     FILE_HOOK_TABLES,
     HOOK_TABLES,
+    BaseOption,
     check_adapter_dtype,
     check_fits,
     check_seed,
@@ -37,22 +39,6 @@ from adapterzoo.support import (
 from adapterzoo.watch import WATCH
 
 _GONE = "was merged with keep_base=False: its base weight is gone; unload(model, merge=True) makes it a plain layer"
-
-
-class _Option:
-    """An option of the base, such as a convolution's stride: set on the layer, it is set where it is read."""
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
-
-    def __get__(self, layer: nn.Module, owner: type) -> Any:
-        try:
-            return vars(layer.__dict__["base"])[self.name]
-        except KeyError:
-            raise AttributeError(f"{owner.__name__!r} object has no attribute {self.name!r}") from None
-
-    def __set__(self, layer: nn.Module, value: Any) -> None:
-        setattr(layer.__dict__["base"], self.name, value)
 
 
 class Merge(NamedTuple):
@@ -114,7 +100,7 @@ class AdaptedLinear(nn.Module):
     unmerged_weight: Tensor | None
 
     # (Not by a __setattr__ of its own: FSDP2 writes what it gathers past that of nn.Module, and by any other not.)
-    stride, padding, dilation, groups, padding_mode, padding_idx = (_Option() for _ in range(6))
+    stride, padding, dilation, groups, padding_mode, padding_idx = (BaseOption() for _ in range(6))
 
     def __init__(
         self,
@@ -203,7 +189,7 @@ class AdaptedLinear(nn.Module):
             UninitialisedError: the adapter was allocated on the meta device and has no values yet.
         """
         if x.is_nested and self.form.token_wise:
-            return self._forward_nested(x)
+            return by_token(self.forward, x, self.name)
         self._norms.see(self.weight)
         self._check_input(x)
         if self.disabled:
@@ -429,17 +415,6 @@ class AdaptedLinear(nn.Module):
                 f"{where(self.name)} is merged, so its adapter gets no gradient: "
                 "run the forward under torch.no_grad(), or unmerge first"
             )
-
-    def _forward_nested(self, x: Tensor) -> Tensor:
-        """Token by token, as every linear layer; nn.TransformerEncoder nests padded batches in evaluation."""
-        if x.layout == torch.jagged:
-            if x.lengths() is not None or x._ragged_idx != 1:  # type: ignore[attr-defined]
-                raise InputError(
-                    self.name, "takes contiguous jagged inputs [batch, ragged, in]; call .contiguous() first"
-                )
-            offsets = x.offsets()  # type: ignore[attr-defined]
-            return torch.nested.nested_tensor_from_jagged(self.forward(x.values()), offsets)
-        return torch.nested.as_nested_tensor([self.forward(part) for part in x.unbind()])
 
     def _on_meta(self) -> bool:
         return any(value.is_meta for value in self.adapter.state_dict().values())

@@ -34,6 +34,22 @@ FILE_HOOK_TABLES = (
 )
 
 
+class BaseOption:
+    """An option of the base, such as a convolution's stride: set on the layer, it is set where it is read."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, layer: nn.Module, owner: type) -> Any:
+        try:
+            return vars(layer.__dict__["base"])[self.name]
+        except KeyError:
+            raise AttributeError(f"{owner.__name__!r} object has no attribute {self.name!r}") from None
+
+    def __set__(self, layer: nn.Module, value: Any) -> None:
+        setattr(layer.__dict__["base"], self.name, value)
+
+
 def unsupported(module: nn.Module) -> str | None:
     """Say why AdaptedLinear can't stand in for a module; None if it can."""
     if guards_fused_paths in module._forward_pre_hooks.values():  # an adapted layer, or the base of one

@@ -34,6 +34,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
 
 import adapterzoo as az
 from adapterzoo.errors import InputError, MergedError, RoundedMagnitudeWarning, TargetError
@@ -549,6 +550,55 @@ def unloading_keeps_what_it_is_asked_to(rank):
 
 def plain_of(one):
     return az.unload(copy.deepcopy(one), merge=False)
+
+
+class Kinds(nn.Module):
+    """A layer of every kind: a padded embedding, a grouped and a strided convolution, a transposed linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(11, 6, padding_idx=3)
+        self.grouped = nn.Conv1d(6, 9, 3, padding="same", padding_mode="circular", groups=3)
+        self.strided = nn.Conv2d(1, 5, (3, 2), padding=1, stride=2)
+        self.mix, self.head = Conv1D(7, 5), nn.Linear(7, 3)
+
+    def forward(self, tokens):
+        x = self.grouped(self.embed(tokens).mT)
+        return self.head(self.mix(self.strided(x[:, None]).movedim(1, -1)))
+
+
+@check("surgery")
+def every_kind_of_layer_trains_and_merges_in_shards(rank):
+    tokens = torch.randint(0, 11, (4, 8), generator=torch.Generator().manual_seed(3))
+    for spec in (az.MAP(az.DoRA(az.AdaLoRA(r=1))), az.FLoRA(r=(2, 1))):
+        models = []
+        for _ in range(2):
+            model = Kinds().double()
+            az.adapt(model, spec, targets=["embed", "grouped", "strided", "mix"], train=["head"])
+            with torch.no_grad():
+                draw = torch.Generator().manual_seed(1)
+                for parameter in trained(model):
+                    parameter.add_(0.2 * torch.randn(parameter.shape, generator=draw, dtype=torch.float64))
+            models.append(model)
+        one, model = models[0], models[1]
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        for name in ("embed", "grouped", "strided", "mix"):
+            fully_shard(getattr(model, name), mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        for each, part in ((one, tokens), (model, tokens.chunk(dist.get_world_size())[rank])):
+            optimiser = torch.optim.AdamW(trained(each), lr=1e-2)
+            for _ in range(2):
+                optimiser.zero_grad()
+                each(part).square().mean().backward()
+                optimiser.step()
+        close(values(model), values(one), f"{spec!r}, trained")
+        with torch.no_grad():
+            before = one(tokens)
+            az.merge(model)
+            close(model(tokens), before, f"{spec!r}, merged")
+            az.unmerge(model)
+            close(model(tokens), before, f"{spec!r}, unmerged")
 
 
 @check("surgery")
