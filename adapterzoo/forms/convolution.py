@@ -11,6 +11,7 @@ from adapterzoo.base import WeightShape
 from adapterzoo.factored import FactoredWeight
 from adapterzoo.forms.form import OWN_FORWARD, Form, has_own_forward, wrong_dtype
 from adapterzoo.kernel import Dropout
+from adapterzoo.wide import in_transform
 
 _KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CONVOLVE: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -94,10 +95,10 @@ class Convolution(Form):
             if len(updates) > 1:  # a single one is added with one rounding in any case
                 y = z.to(total)
             if delta is not None:
-                y = z * self._per_channel(1 + delta).to(total)
-                y = y if bias is None else y + self._per_channel(bias).to(total)
-            for update in updates:
-                y = y + update
+                gain = self._per_channel(1 + delta).to(total)
+                y = z * gain if bias is None else torch.addcmul(self._per_channel(bias).to(total), z, gain)
+            for update in updates:  # in place of what no backward reads, but for torch.func, which can't follow
+                y = y + update if y is z or in_transform() else y.add_(update)
             return y.to(z.dtype)
 
     def _terms(self, x: Tensor, weight: FactoredWeight, dropout: float) -> list[_Term]:
