@@ -22,7 +22,7 @@ from adapterzoo.checkpoint.inspection import inspect
 from adapterzoo.checkpoint.loading import load
 from adapterzoo.checkpoint.saving import save
 from adapterzoo.errors import CheckpointError
-from tests.test_checkpoint import TOKENS, adapted, bits, net, refusal, same_bits, state, unchanged
+from tests.test_checkpoint import TOKENS, adapted, bits, net, refusal, same_bits, signed, state, unchanged
 
 MANIFEST = "adapterzoo.json"
 
@@ -51,6 +51,8 @@ def written(place, manifest, name, data, honest=True):
     if honest and isinstance(manifest, dict):
         files = {name: {"bytes": len(data), "sha256": sha256(data).hexdigest()}}
         manifest = {**manifest, "adapters": {"default": {**manifest["adapters"]["default"], "files": files}}}
+    if isinstance(manifest, dict):
+        manifest = signed(manifest)
     (place / MANIFEST).write_bytes(manifest if isinstance(manifest, bytes) else json.dumps(manifest).encode())
     (place / name).write_bytes(data)
     return place
@@ -93,6 +95,15 @@ def test_damaged_bytes_of_the_description_are_refused_or_harmless(good, tmp_path
         str(inspect(place))
     except CheckpointError:
         pass
+
+
+@pytest.mark.parametrize(("old", "new"), [('"alpha": 3.0', '"alpha": 4.0'), ('"seed": 3', '"seed": 4')])
+def test_a_number_that_was_changed_by_hand_is_noticed(good, tmp_path, old, new):
+    manifest, name, data = good
+    text = json.dumps(manifest)
+    assert old in text
+    place = written(tmp_path / "x", text.replace(old, new).encode(), name, data)
+    assert "it was damaged, or changed by hand" in str(refusal(net(), place))
 
 
 @given(seed=st.integers(0, 2**32))

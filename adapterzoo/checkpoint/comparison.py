@@ -34,7 +34,8 @@ def base_differences(base: BaseEntry, kind: str, shapes: Mapping[str, list[int]]
     missing = [f"the model has no parameter {short(n)} {there[n]}{near(n)}" for n in there if n not in shapes]
     extra = [f"the file knows no parameter {short(n)} {list(shapes[n])}" for n in shapes if n not in there]
     problems = [*differ, *(missing + extra if strict else [])]
-    return [f"the file is of another base: {short(base.class_name)} there, {kind} here", *problems] if problems else []
+    other = f"{short(base.class_name)} there, {kind} here" if base.class_name != kind else f"another {kind}"
+    return [f"the file is of another base: {other}", *problems] if problems else []
 
 
 def missing_layers(wanted: Iterable[str], known: Iterable[str]) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from adapterzoo.checkpoint.describe import DTYPES
 from adapterzoo.checkpoint.inventory import digest_of
-from adapterzoo.checkpoint.manifest import ADAPTER_NAME, TENSOR_FILE, AdapterEntry, Manifest
+from adapterzoo.checkpoint.manifest import ADAPTER_NAME, TENSOR_FILE, AdapterEntry, Manifest, digest_of_description
 from adapterzoo.checkpoint.wording import short
 from adapterzoo.errors import AdapterError
 from adapterzoo.registry import from_json
@@ -18,7 +18,16 @@ DEEPEST = 100
 
 def contradictions(manifest: Manifest) -> list[str]:
     """Everything in a description that contradicts something else in it, or names what can't be; [] if nothing."""
-    return [*_base(manifest), *(problem for item in manifest.adapters.items() for problem in _adapter(*item))]
+    return [
+        *_own(manifest),
+        *_base(manifest),
+        *(problem for item in manifest.adapters.items() for problem in _adapter(*item)),
+    ]
+
+
+def _own(manifest: Manifest) -> Iterator[str]:
+    if digest_of_description(manifest.tree()) != manifest.digest:
+        yield "its digest is not that of the rest: it was damaged, or changed by hand, after it was saved"
 
 
 def _base(manifest: Manifest) -> Iterator[str]:

@@ -85,9 +85,9 @@ def _adapter(name: str, adapter: AdapterEntry) -> list[str]:
             lines.append(f"  {spec!r} on {some(names)}")
             lines += _ranks([rank for layer in members for rank in layer.ranks.values()])
     if adapter.trained:
-        lines.append("  trained as they are: " + some([f"{e.names[0]} {e.shape}" for e in adapter.trained]))
+        lines.append("  besides adapters: " + some([f"{e.names[0]} {e.shape}" for e in adapter.trained]))
     return lines
 
 
 def _ranks(ranks: list[int]) -> list[str]:
-    return [f"    ranks {min(ranks)} to {max(ranks)}, {sum(ranks)} in total"] if ranks else []
+    return [f"    ranks {min(ranks)} to {max(ranks)}, {sum(ranks)} in total, masked ones included"] if ranks else []

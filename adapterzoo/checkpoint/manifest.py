@@ -1,6 +1,8 @@
 """The description of a checkpoint, `adapterzoo.json`: version 1 of the format, as strict data."""
 
+import json
 import re
+from hashlib import sha256
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
@@ -135,17 +137,28 @@ class BaseEntry(Strict):
 
 
 class Manifest(Strict):
-    """All of `adapterzoo.json`."""
+    """All of `adapterzoo.json`; its own digest is that of all the rest."""
 
     format: Literal["adapterzoo"]
     format_version: Literal[1]
     library_version: str
+    digest: Digest
     base: BaseEntry
     adapters: Annotated[dict[str, AdapterEntry], Field(min_length=1)]
+
+    def tree(self) -> dict[str, Any]:
+        """What is written."""
+        return self.model_dump(by_alias=True)
 
     def files(self) -> set[str]:
         """Every tensor file that is named."""
         return {name for adapter in self.adapters.values() for name in adapter.files}
+
+
+def digest_of_description(tree: dict[str, Any]) -> str:
+    """The sha256 of a description, but for its own digest, with sorted keys."""
+    rest = {key: value for key, value in tree.items() if key != "digest"}
+    return sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode("utf-8")).hexdigest()
 
 
 def manifest_of(tree: Any, where: str) -> Manifest:

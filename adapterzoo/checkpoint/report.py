@@ -34,7 +34,7 @@ class LoadReport:
         what = "adapted and loaded" if self.adapted else "loaded"
         lines = [f"adapter {self.name!r}: {count(len(self.layers), 'layer')} {what}"]
         for title, names in (
-            ("trained as they are", self.trained),
+            ("besides adapters", self.trained),
             ("made trainable", self.thawed),
             ("left out, only in the file", self.only_in_file),
             ("left as they are, only in the model", self.only_in_model),

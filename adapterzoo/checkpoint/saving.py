@@ -11,7 +11,13 @@ from adapterzoo.checkpoint.contradictions import contradictions
 from adapterzoo.checkpoint.describe import Described, described, device_of_shards
 from adapterzoo.checkpoint.inspection import Contents
 from adapterzoo.checkpoint.inventory import Inventory, digest_of
-from adapterzoo.checkpoint.manifest import ADAPTER_NAME, AdapterEntry, BaseEntry, Manifest
+from adapterzoo.checkpoint.manifest import (
+    ADAPTER_NAME,
+    AdapterEntry,
+    BaseEntry,
+    Manifest,
+    digest_of_description,
+)
 from adapterzoo.checkpoint.reading import library_version, manifest_in
 from adapterzoo.checkpoint.storage import MANIFEST, TensorFile, remove_stale, write_manifest, write_tensors
 from adapterzoo.checkpoint.strict_json import dumps
@@ -53,7 +59,7 @@ def save(
         ...     print(str(save(model, directory)).split("adapter ")[1])
         'default': 1 layer, 116 numbers in 1 file
           LoRA(r=2) on 0
-          trained as they are: 2.weight [4, 16], 2.bias [4]
+          besides adapters: 2.weight [4, 16], 2.bias [4]
     """
     _check_arguments(name, max_shard_bytes)
     inventory = Inventory(model)
@@ -81,13 +87,24 @@ def _write(path: Path, name: str, inventory: Inventory, content: Described, most
     with _telling(path), _swept(path):
         files = write_tensors(path, content.tensors, most)
         adapters = dict(sorted({**others, name: _adapter(content, files)}.items()))
-        manifest = Manifest(
-            format="adapterzoo", format_version=1, library_version=library_version(), base=base, adapters=adapters
-        )
+        manifest = _signed(base, adapters)
         _check_readable(manifest)
-        write_manifest(path, dumps(manifest.model_dump(by_alias=True)))
+        write_manifest(path, dumps(manifest.tree()))
     remove_stale(path, manifest.files())
     return Contents(path, manifest)
+
+
+def _signed(base: BaseEntry, adapters: dict[str, AdapterEntry]) -> Manifest:
+    """The description, with its own digest."""
+    bare = Manifest(
+        format="adapterzoo",
+        format_version=1,
+        library_version=library_version(),
+        digest="0" * 64,
+        base=base,
+        adapters=adapters,
+    )
+    return bare.model_copy(update={"digest": digest_of_description(bare.tree())})
 
 
 def _check_readable(manifest: Manifest) -> None:
