@@ -108,6 +108,11 @@ class KeptFactors(Generic[T]):
         """Forget everything; the binding stays."""
         self._kept = None
 
+    def is_in_place(self) -> bool:
+        """Whether any of the bound tensors still stands in its place; functional_call puts others there."""
+        now = (table.get(name) for table, name in self._places)
+        return any(value is not None and bound.fits(value) for value, bound in zip(now, self._bound, strict=True))
+
     def get(self, build: Callable[[], T]) -> T:
         """What `build` makes of the tensors in the bound places, or made of them before."""
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or _is_watched():

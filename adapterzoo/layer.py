@@ -207,7 +207,7 @@ class AdaptedLinear(nn.Module):
 
     def factored_weight(self) -> FactoredWeight:
         """W' in normal form, from the parameters as they are now; differentiable."""
-        if not self._initialised:
+        if not self._initialised and self._factors.is_in_place():
             raise UninitialisedError(self.name)
         with full_precision(self.weight.device.type):
             return self.adapter.weight(self.site())

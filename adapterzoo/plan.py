@@ -25,7 +25,7 @@ class Adapted:
 
 @dataclass(frozen=True)
 class LeftAlone:
-    """One linear layer that was not adapted, and why."""
+    """One layer that was not adapted, and why."""
 
     name: str
     reason: str
@@ -37,7 +37,7 @@ class Plan:
 
     Args:
         adapted: the adapted layers.
-        left_alone: the other linear layers.
+        left_alone: the other linear layers, and others that a class among the targets meant.
         others: classes of the other modules with parameters of their own, and how many there are.
         trained: other modules with parameters that train, such as a new head.
         total_parameters: parameters of the model with its adapters.
@@ -69,7 +69,7 @@ class Plan:
         if reasons:
             lines += [
                 "",
-                f"left alone: {count(len(self.left_alone), 'linear layer')}, frozen unless trained as they are",
+                f"left alone: {count(len(self.left_alone), 'layer')}, frozen unless trained as they are",
             ]
             for reason in reasons:
                 names = [item.name for item in self.left_alone if item.reason == reason]

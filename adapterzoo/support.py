@@ -60,6 +60,9 @@ def unsupported(module: nn.Module) -> str | None:
     if parametrize.is_parametrized(module):
         return "it is parametrised; remove the parametrisation first (torch.nn.utils.parametrize)"
     weight: Any = module._parameters.get("weight")
+    if weight is None and form.is_dense:  # as under the older weight_norm
+        own = ", ".join(name for name, value in module._parameters.items() if value is not None)
+        return f"its weight is no parameter; if it is computed from others ({own or 'none'}), undo that first"
     if isinstance(weight, nn.parameter.UninitializedParameter):
         return "its shape is not known yet; run the model once first"
     if is_sharded(weight):
@@ -81,8 +84,8 @@ def _no_form(module: nn.Module) -> str:
             "(F.scaled_dot_product_attention between them), and adapt those"
         )
     return (
-        f"a {type(module).__name__} can't be adapted; nn.Linear, nn.Conv1d, Conv2d and Conv3d, nn.Embedding, "
-        "Transformers' Conv1D and quantised linear layers can"
+        "layers of its class can't be; nn.Linear, nn.Conv1d, Conv2d and Conv3d, nn.Embedding, Transformers' Conv1D and "
+        "quantised linear layers can"
     )
 
 

@@ -37,9 +37,9 @@ def adapt(
         model: any PyTorch model; it is changed in place.
         spec: what adapts the layers, such as MAP(DoRA(LoRA(r=8))).
         targets: which layers: "all-linear"; a list of names or tails of names, such as ["q_proj", "v_proj"]; a regular
-            expression for full names; a predicate of (name, module); or an ordered mapping from such a name,
-            expression or "all-linear" to a spec, or to None to leave it alone: the first match wins.
-        exclude: names, tails of names, expressions or predicates of layers to leave alone.
+            expression for full names; a predicate of (name, module); a class, such as nn.Conv2d; or an ordered mapping
+            from any of these to a spec, or to None to leave it alone: the first match wins.
+        exclude: names, tails of names, expressions, predicates or classes of layers to leave alone.
         train: modules or parameters that stay trainable as they are, such as a new head: ["classifier"].
         seed: seed of the adapters' initial values; every layer has streams of its own.
         adapter_dtype: see AdaptedLinear.
@@ -69,7 +69,7 @@ def adapt(
         layer  spec             out x in  parameters
         2      DoRA(LoRA(r=2))    4 x 16          44
         <BLANKLINE>
-        left alone: 1 linear layer, frozen unless trained as they are
+        left alone: 1 layer, frozen unless trained as they are
           0: excluded
         <BLANKLINE>
         44 of 256 parameters train (17.188%)
@@ -134,6 +134,7 @@ def merge(
         TargetError: no adapted layer.
     """
     layers = _settled(model)
+    _check_quantised(layers, dequantize)
     prepared = {name: layer.prepare_merge(keep_base, base_device, dequantize) for name, layer in layers.items()}
     for name, merged in prepared.items():
         layers[name].commit_merge(merged)
@@ -173,6 +174,7 @@ def unload(model: nn.Module, *, merge: bool, dequantize: bool = False) -> nn.Mod
         TargetError: no adapted layer.
     """
     layers = _settled(model)
+    _check_quantised(layers, dequantize or not merge)
     prepared = {
         name: layer.prepare_merge(keep_base=False, dequantize=dequantize)
         for name, layer in layers.items()
@@ -272,6 +274,15 @@ def _settled(model: nn.Module) -> dict[str, AdaptedLinear]:
     return layers
 
 
+def _check_quantised(layers: Mapping[str, AdaptedLinear], dequantize: bool) -> None:
+    names = [f"{name} ({layer.kind})" for name, layer in layers.items() if not (layer.form.is_dense or layer.merged)]
+    if names and not dequantize:
+        raise MergedError(
+            "these layers have quantised weights, which can't hold merged ones; dequantize=True puts ordinary weights "
+            f"in their places, which take the memory of such:{listing(names)}"
+        )
+
+
 def _check_arguments(model: nn.Module, spec: Piece | None, targets: Targets) -> None:
     if not isinstance(model, nn.Module):
         raise TargetError(f"adapt changes a torch.nn.Module, not {type(model).__name__}")
@@ -288,6 +299,17 @@ def _check_arguments(model: nn.Module, spec: Piece | None, targets: Targets) -> 
         for key, value in targets.items():
             if value is not None:
                 check_is_spec(value, f"target {key!r} needs a spec or None")
+    foreign = [
+        name
+        for name, module in model.named_modules()
+        if type(module).__module__.startswith("peft.tuners.") and hasattr(module, "base_layer")
+    ]
+    if foreign:
+        raise TargetError(
+            f"the model has adapters of PEFT's already ({foreign[0]!r}), whose factors would be adapted as if they "
+            "were the model's own layers; merge_and_unload() them in PEFT first, or save them there and read them into "
+            "the plain model with adapterzoo.import_peft"
+        )
     if isinstance(model, AdaptedLinear) or form_of(model) is not None:
         problem = (
             unsupported(model)

@@ -6,17 +6,18 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from adapterzoo.errors import TargetError, did_you_mean, listing
+from adapterzoo.errors import TargetError, count, did_you_mean, listing
 from adapterzoo.forms import form_of
 from adapterzoo.layer import AdaptedLinear
 from adapterzoo.pieces import Piece, misfit
 from adapterzoo.support import unsupported
 
 Predicate = Callable[[str, nn.Module], bool]
-Pattern = str | re.Pattern[str] | Predicate
-Targets = Pattern | Sequence[Pattern] | Mapping[str | re.Pattern[str], Piece | None]
+Pattern = str | re.Pattern[str] | Predicate | type[nn.Module]
+Targets = Pattern | Sequence[Pattern] | Mapping[Pattern, Piece | None]
 
 ALL_LINEAR = "all-linear"
+_OUTPUT = "it is the model's output embedding"
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def matching(pattern: Pattern, found: Sequence[Found], what: str) -> list[Found]
     """The modules that a pattern means.
 
     A string in a list is a name or the tail of a name. A compiled regular expression has to match a full name. A
-    predicate gets (name, module). Expressions and predicates pass over modules that only hold other modules.
+    predicate gets (name, module). A class means its instances. All but names pass over modules that only hold others.
 
     Raises:
         TargetError: it matches nothing; names the nearest.
@@ -75,19 +76,17 @@ def patterns_of(targets: Targets) -> list[Pattern]:
     """
     if isinstance(targets, str) and targets != ALL_LINEAR:
         return [_compiled(targets)]
-    if isinstance(targets, (str, re.Pattern)) or (callable(targets) and not isinstance(targets, (nn.Module, type))):
-        return [targets]
+    if isinstance(targets, (str, re.Pattern)) or _is_kind(targets) or _is_predicate(targets):
+        return [targets]  # type: ignore[list-item]
     if not isinstance(targets, Sequence):
         raise TargetError(
             f'targets is {targets!r}; it should be "all-linear", a list of names, a regular expression, a predicate, '
-            "or a mapping of names to specs"
+            "a class of layers, or a mapping of these to specs"
         )
     patterns = list(targets)
     for pattern in patterns:
-        if isinstance(pattern, (nn.Module, type)) or (
-            not isinstance(pattern, (str, re.Pattern)) and not callable(pattern)
-        ):
-            raise TargetError(f"a target is a name, a regular expression or a predicate, not {pattern!r}")
+        if not (isinstance(pattern, (str, re.Pattern)) or _is_kind(pattern) or _is_predicate(pattern)):
+            raise TargetError(f"a target is a name, a regular expression, a predicate or a class, not {pattern!r}")
     if not patterns:
         raise TargetError('targets is empty; "all-linear" means every linear layer')
     return patterns
@@ -95,10 +94,10 @@ def patterns_of(targets: Targets) -> list[Pattern]:
 
 def mapping_pattern(key: object, found: Sequence[Found]) -> Pattern:
     """The pattern that a key of a mapping stands for: "all-linear", a name or its tail, else a regular expression."""
-    if isinstance(key, re.Pattern) or key == ALL_LINEAR:
-        return key
+    if isinstance(key, re.Pattern) or key == ALL_LINEAR or _is_kind(key) or _is_predicate(key):
+        return key  # type: ignore[return-value]
     if not isinstance(key, str):
-        raise TargetError(f"a key of targets is a name or a regular expression, not {key!r}")
+        raise TargetError(f"a key of targets is a name, a regular expression, a predicate or a class, not {key!r}")
     if any(reads_as_name(key, name) for item in found for name in item.names) or re.fullmatch(r"[\w.\-]+", key):
         return key
     return _compiled(key)
@@ -129,7 +128,7 @@ class Exclusions:
         """The reason to leave a layer alone; None if it can be adapted."""
         module = item.module
         if not _is_leaf(module) and form_of(module) is None and not isinstance(module, nn.MultiheadAttention):
-            return f"it holds other modules; for the layers inside it use a regular expression: '{item.name}[.].*'"
+            return f"it holds other modules{_layers_inside(item)}"
         problem = unsupported(module)
         if problem is not None:
             return problem
@@ -143,7 +142,7 @@ class Exclusions:
         if sharers:
             return f"its weight is tied to {', '.join(sharers)}"
         if id(module) in self._output_embeddings:
-            return "it is the model's output embedding"
+            return _OUTPUT
         kind = form_of(module)
         return None if kind is None else misfit(spec, kind(module).shape)
 
@@ -203,8 +202,8 @@ def select(
         for item in matching(pattern, found, "exclude"):
             choice.skip(item, "excluded")
     for pattern, entry_spec in _entries(spec, targets, found):
-        everything = pattern == ALL_LINEAR
-        hits = [item for item in found if is_linear(item.module)] if everything else matching(pattern, found, "target")
+        everything = pattern == ALL_LINEAR or isinstance(pattern, type)
+        hits = _all_linear(found) if pattern == ALL_LINEAR else matching(pattern, found, "target")
         fresh = [item for item in hits if id(item.module) not in choice.decided]
         if not hits:
             kinds = dict.fromkeys(type(item.module).__name__ for item in found if _is_leaf(item.module))
@@ -219,7 +218,12 @@ def select(
     for item in found:
         if is_linear(item.module) and id(item.module) not in choice.decided:
             choice.skip(item, "adapted already" if isinstance(item.module, AdaptedLinear) else "not targeted")
-    return Selection(choice.chosen, [(i, why) for i, why in choice.skipped if is_linear(i.module)], trained)
+    shown = [(i, why) for i, why in choice.skipped if is_linear(i.module) or id(i.module) in choice.swept]
+    return Selection(choice.chosen, shown, trained)
+
+
+def _all_linear(found: Sequence[Found]) -> list[Found]:
+    return [item for item in found if is_linear(item.module)]
 
 
 class _Choice:
@@ -228,9 +232,10 @@ class _Choice:
     def __init__(self, exclusions: Exclusions) -> None:
         self._exclusions = exclusions
         self.decided: set[int] = set()
+        self.swept: set[int] = set()
         self.chosen: list[tuple[Found, Piece]] = []
         self.skipped: list[tuple[Found, str]] = []
-        self.problems: list[str] = []
+        self.problems: dict[str, list[str]] = {}
 
     def skip(self, item: Found, reason: str) -> None:
         if id(item.module) not in self.decided:
@@ -244,15 +249,21 @@ class _Choice:
             self.chosen.append((item, spec))
         elif spec is None or (everything and not isinstance(item.module, AdaptedLinear)):
             self.skip(item, str(reason))
+            self.swept |= {id(item.module)} if spec is not None else set()
         else:
-            self.problems.append(f"{item.name} ({type(item.module).__name__}): {reason}")
+            way_out = f"; if that is meant, put AdaptedLinear(model.{item.name}, spec) there by hand"
+            reason = str(reason) + (way_out if reason == _OUTPUT else "")
+            self.problems.setdefault(reason, []).append(f"{item.name} ({type(item.module).__name__})")
 
     def check(self) -> None:
         if self.problems:
-            raise TargetError(f"these targets can't be adapted, and nothing was changed:{listing(self.problems)}")
+            raise TargetError(f"these targets can't be adapted, and nothing was changed:{_grouped(self.problems)}")
         if not self.chosen:
-            reasons = listing([f"{item.name}: {why}" for item, why in self.skipped if is_linear(item.module)])
-            raise TargetError(f"no layer is left to adapt{':' + reasons if reasons else ''}")
+            reasons: dict[str, list[str]] = {}
+            for item, why in self.skipped:
+                if is_linear(item.module):
+                    reasons.setdefault(why, []).append(item.name)
+            raise TargetError(f"no layer is left to adapt{':' + _grouped(reasons) if reasons else ''}")
 
 
 def _entries(spec: Piece | None, targets: Targets, found: Sequence[Found]) -> Iterable[tuple[Pattern, Piece | None]]:
@@ -286,9 +297,40 @@ def _compiled(text: str) -> re.Pattern[str]:
         raise TargetError(f"{text!r} is not a regular expression: {error}") from None
 
 
-def _accepts(pattern: re.Pattern[str] | Predicate, name: str, module: nn.Module) -> bool:
+def _is_kind(pattern: object) -> bool:
+    return isinstance(pattern, type) and issubclass(pattern, nn.Module)
+
+
+def _is_predicate(pattern: object) -> bool:
+    return callable(pattern) and not isinstance(pattern, (nn.Module, type))
+
+
+def _grouped(names: Mapping[str, Sequence[str]]) -> str:
+    """Reasons, each once, with the layers that have it."""
+    return listing([f"{', '.join(own[:6])}{_more(len(own) - 6)}: {reason}" for reason, own in names.items()])
+
+
+def _more(number: int) -> str:
+    return f", and {number} more" if number > 0 else ""
+
+
+def _layers_inside(item: Found) -> str:
+    """What to write for the layers inside a module, as the tail of a message: an expression that means just them."""
+    inside = [name for name, module in item.module.named_modules() if name and form_of(module) is not None]
+    if not inside:
+        return ", and no layer inside it can be adapted"
+    tails = "|".join(dict.fromkeys(re.escape(name.rpartition(".")[2]) for name in inside))
+    return (
+        f"; for the {count(len(inside), 'layer')} inside it use a regular expression: '{item.name}[.](.*[.])?({tails})'"
+    )
+
+
+def _accepts(pattern: Pattern, name: str, module: nn.Module) -> bool:
+    if isinstance(pattern, type):
+        return isinstance(module, pattern)
     if isinstance(pattern, re.Pattern):
         return pattern.fullmatch(name) is not None
+    assert not isinstance(pattern, str)
     return bool(pattern(name, module))
 
 

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import adapterzoo as az
@@ -112,7 +113,7 @@ def test_the_plan_prints_what_was_done(model):
     assert re.search(r"blocks\.1\.mlp\.0 +Full\(\) +12 x 8 +96", text)
     assert "narrow: left alone by targets" in text
     assert "lm_head: its weight is tied to embed.weight" in text
-    assert "left alone: 3 linear layers, frozen unless trained as they are" in text
+    assert "left alone: 3 layers, frozen unless trained as they are" in text
     assert "no linear layers: 1 Embedding, 2 LayerNorm" in text
     assert "trained as they are: classifier" in text
     assert "dense: blocks.0.mlp.0, blocks.1.mlp.0" in text
@@ -165,26 +166,33 @@ def test_an_ordered_mapping_takes_the_first_match(model):
         ({"targets": {"q_proj": LoRA()}}, "leave out the spec"),
         ({"targets": lambda name, module: False}, "matches no module"),
         ({"targets": None}, "targets is None; it should be"),
-        ({"targets": [nn.Linear(2, 2)]}, "a target is a name, a regular expression or a predicate, not Linear"),
-        ({"targets": nn.Linear}, "targets is <class"),
-        ({"targets": [nn.Linear]}, "a target is a name, a regular expression or a predicate"),
+        (
+            {"targets": [nn.Linear(2, 2)]},
+            "a target is a name, a regular expression, a predicate or a class, not Linear",
+        ),
+        ({"targets": int}, "targets is <class 'int'>; it should be"),
+        ({"targets": [int]}, "a target is a name, a regular expression, a predicate or a class, not <class 'int'>"),
+        ({"targets": nn.Conv2d}, "target <Conv2d> matches no module"),
         ({"targets": "all_linear"}, "did you mean 'all-linear'"),
         ({"targets": ["blocks.*.q_proj"]}, r"entries of a list are names: for an expression write re.compile"),
-        ({"targets": [3]}, "a target is a name, a regular expression or a predicate, not 3"),
+        ({"targets": [3]}, "a target is a name, a regular expression, a predicate or a class, not 3"),
         ({"targets": [""]}, "the model itself"),
         ({"targets": ["lm_head"]}, r"lm_head \(Linear\): its weight is tied to embed.weight"),
         ({"targets": ["narrow"], "spec": LoRA(r=2)}, r"narrow \(Linear\): r=2 is above min\(out, in\) = 1"),
         ({"targets": ["classifier"], "train": ["classifier"]}, "kept trainable by train='classifier'"),
-        ({"targets": ["norm"]}, r"blocks.0.norm \(LayerNorm\): a LayerNorm can't be adapted; nn.Linear, "),
+        ({"targets": ["norm"]}, r"blocks.0.norm \(LayerNorm\), .*: layers of its class can't be; nn.Linear, "),
         ({"targets": ["embed"]}, r"embed \(Embedding\): its weight is tied to lm_head.weight"),
-        ({"targets": ["blocks.0"]}, r"blocks.0 \(Block\): it holds other modules.*'blocks.0\[.\].\*'"),
+        (
+            {"targets": ["blocks.0"]},
+            r"blocks.0 \(Block\): it holds other modules.*for the 4 layers .*\(q_proj\|v_proj\|0\|2\)'",
+        ),
         ({"targets": "blocks.*"}, r"blocks.0.norm \(LayerNorm\)[\s\S]*blocks.1.mlp.1 \(GELU\)"),
         ({"exclude": ["clasifier"]}, "exclude 'clasifier' matches no module; did you mean 'classifier'"),
         ({"exclude": ["q_proj"], "targets": ["q_proj"]}, "matches only layers that are excluded or taken"),
         ({"train": ["heads"]}, "train='heads' names no module"),
         ({"train": "classifier"}, r"train is a list of names"),
         ({"targets": ["q_proj", "blocks.0.q_proj"]}, "taken by earlier targets"),
-        ({"spec": LoRA(r=500)}, r"no layer is left to adapt[\s\S]*blocks.0.q_proj: r=500 is above"),
+        ({"spec": LoRA(r=500)}, r"no layer is left to adapt[\s\S]*blocks.0.q_proj, [^:]*, and 2 more: r=500 is above"),
     ],
 )
 def test_bad_targets_name_what_is_wrong_and_change_nothing(model, arguments, message):
@@ -238,7 +246,7 @@ def test_a_failure_while_building_leaves_the_model_as_it_was(model, monkeypatch)
 def test_adapting_twice_is_an_error_but_other_layers_may_follow(model):
     adapt(model, LoRA(r=1), targets=["q_proj"], train=["classifier"])
     for targets in ("all-linear", ["q_proj"], r".*\.q_proj"):
-        with pytest.raises(TargetError, match=r"blocks.0.q_proj \(AdaptedLinear\): it is adapted already"):
+        with pytest.raises(TargetError, match=r"blocks.0.q_proj \(AdaptedLinear\), .*: it is adapted already"):
             adapt(model, LoRA(r=1), targets=targets)
     plan = adapt(model, DoRA(LoRA(r=1)), targets=["v_proj"])
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -614,3 +622,25 @@ def test_plans_show_dense_updates_under_wrappers_and_shorten_lists():
     assert "dense: 0, 1, 2, 3, and 2 more" in text
     small = nn.Sequential(nn.Linear(2, 2))
     assert "10 of 16 parameters train (62.500%)" in str(adapt(small, DoRA(LoRA(r=2))))
+
+
+def test_a_class_means_its_instances_and_leaves_alone_what_it_should(model):
+    plan = adapt(model, LoRA(r=2), nn.Linear)
+    assert {item.names[0] for item in plan.adapted} == {item.names[0] for item in adapt(Model(), LoRA(r=2)).adapted}
+    assert any(item.name == "lm_head" and "tied" in item.reason for item in plan.left_alone)
+    plan = adapt(Model(), targets={nn.Embedding: LoRA(r=2), (lambda name, _: name.endswith("v_proj")): DoRA(LoRA(r=2))})
+    assert [type(item.spec).__name__ for item in plan.adapted] == ["DoRA"] * 2
+    assert any(item.name == "embed" and "tied" in item.reason for item in plan.left_alone)
+
+
+def test_the_expression_that_a_message_suggests_works(model):
+    with pytest.raises(TargetError) as error:
+        adapt(model, LoRA(r=2), ["blocks.0"])
+    expression = re.search(r"expression: '(.*)'", str(error.value)).group(1)
+    assert {item.names[0].startswith("blocks.0.") for item in adapt(model, LoRA(r=2), expression).adapted} == {True}
+
+
+def test_adapters_of_peft_are_not_taken_for_layers_of_the_model():
+    model = get_peft_model(Model(), LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(TargetError, match=r"adapters of PEFT's already \('.*q_proj'\).*adapterzoo\.import_peft"):
+        adapt(model, LoRA(r=2))

@@ -579,7 +579,10 @@ def test_a_failing_merge_changes_nothing(bad):
 @pytest.mark.parametrize(
     ("base", "message"),
     [
-        (lambda: nn.ConvTranspose2d(3, 4, 2), "a ConvTranspose2d can't be adapted; nn.Linear, nn.Conv1d"),
+        (
+            lambda: nn.ConvTranspose2d(3, 4, 2),
+            "a ConvTranspose2d and can't be adapted: layers of its class can't be; nn.Linear, nn.Conv1d",
+        ),
         (lambda: nn.LazyLinear(4), "shape is not known yet"),
         (lambda: parametrizations.weight_norm(nn.Linear(3, 4)), "remove the parametrisation"),
         (lambda: type("Odd", (nn.Linear,), {"forward": lambda self, x: x})(3, 4), "forward of its own"),
@@ -864,3 +867,15 @@ def test_it_can_be_traced(x, spec):
     layer = layer_of(spec).eval()
     with torch.no_grad():
         torch.testing.assert_close(torch.jit.trace(layer, x)(2 * x), layer(2 * x))
+
+
+def test_a_skeleton_on_the_meta_device_computes_with_values_that_are_given(x):
+    """The recipe of ensembles: a copy on the meta device, and the values of several models."""
+    layers = [layer_of(seed=seed) for seed in range(3)]
+    base = copy.deepcopy(layers[0]).to("meta")
+    values = torch.func.stack_module_state(layers)
+    together = torch.func.vmap(lambda *given: torch.func.functional_call(base, given, (x,)))(*values)
+    for one, layer in zip(together, layers, strict=True):
+        torch.testing.assert_close(one, layer(x))
+    with pytest.raises(UninitialisedError):
+        base.to_empty(device="cpu")(x)

@@ -4,6 +4,7 @@ import ast
 import importlib
 import inspect
 import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -170,3 +171,11 @@ def test_what_is_imported_late_is_what_type_checkers_see():
         assert name in dir(adapterzoo)
     with pytest.raises(AttributeError, match="no attribute 'sav'; did you mean 'save'"):
         _ = adapterzoo.sav
+
+
+def test_a_star_gives_all_public_names_and_nothing_else():
+    source = (ROOT / "__init__.py").read_text()
+    assert sorted(adapterzoo.__all__) == sorted(set(re.findall(r" as (\w+)$", source, re.MULTILINE)))
+    given: dict[str, object] = {}
+    exec("from adapterzoo import *", given)
+    assert set(given) - {"__builtins__"} == set(adapterzoo.__all__)

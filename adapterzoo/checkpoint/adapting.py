@@ -11,6 +11,7 @@ from adapterzoo.checkpoint.manifest import LayerEntry
 from adapterzoo.layer import adapted_layers
 from adapterzoo.pieces import Piece
 from adapterzoo.surgery import adapt, unload
+from adapterzoo.targets import Pattern
 
 
 def adapt_as(model: nn.Module, layers: Sequence[LayerEntry], specs: Sequence[Piece]) -> None:
@@ -26,7 +27,7 @@ def adapt_as(model: nn.Module, layers: Sequence[LayerEntry], specs: Sequence[Pie
     """
     for members in _alike(layers):
         dtype, first = members[0].factor_dtype, members[0]
-        targets: dict[str | re.Pattern[str], Piece | None] = {
+        targets: dict[Pattern, Piece | None] = {
             re.compile("|".join(re.escape(m.names[0]) for m in members if m.composition == i)): specs[i]
             for i in dict.fromkeys(member.composition for member in members)
         }

@@ -36,7 +36,10 @@ class Embedding(Form):
         if has_own_forward(module, [nn.Embedding]):
             return OWN_FORWARD
         if module.max_norm is not None:
-            return f"max_norm={module.max_norm} rescales its weight in every forward, which an adapter can't follow"
+            return (
+                f"max_norm={module.max_norm} rescales its weight in every forward, which an adapter can't follow; "
+                "build it without"
+            )
         for option in ("scale_grad_by_freq", "sparse"):
             if getattr(module, option):
                 return f"{option}=True is about gradients of its weight, which is frozen; build it with {option}=False"

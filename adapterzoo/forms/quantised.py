@@ -85,7 +85,10 @@ class Quantised(Form):
     def released(self) -> nn.Module:
         """The quantised layer; an nn.Linear with its hooks where a merge has left an ordinary weight."""
         module: Any = self.module
-        if type(module) is nn.Linear or not _is_ordinary(module.weight):
+        if not _is_ordinary(module.weight):
+            return self.module
+        if type(module) is nn.Linear:
+            vars(module).pop("extra_repr", None)  # torchao's, which speaks of the quantised weight
             return self.module
         plain = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
         plain._parameters = module._parameters

@@ -43,23 +43,24 @@ def _misfit(layer: AdaptedLinear) -> str | None:
         return f"PEFT has no format for {layer.spec!r}; it has LoRA, DoRA(LoRA) and AdaLoRA. {_INSTEAD}"
     if any(value.is_meta for value in layer.adapter.state_dict().values()):
         return "it is on the meta device and has no values yet"
-    return wrong_on_kind(layer, layer.spec) or _zero_rows(layer)
+    wrong = wrong_on_kind(layer, layer.spec)
+    return _zero_rows(layer) if wrong is None else f"{wrong}. {_INSTEAD}"
 
 
 def wrong_on_kind(layer: AdaptedLinear, spec: Piece) -> str | None:
     """Say why PEFT does not adapt a kind of layer with a spec, or computes it wrongly; None if it does it right."""
     adaptive = isinstance(spec, AdaLoRA)
     if adaptive and (layer.kind == "embedding" or len(layer.shape.kernel) in (1, 3)):
-        return f"PEFT has no AdaLoRA for {type(layer.base).__name__}. {_INSTEAD}"
+        return f"PEFT has no AdaLoRA for {type(layer.base).__name__}"
     base = layer.base
     if not isinstance(base, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return None
     if base.groups > 1:
-        return f"groups={base.groups}: PEFT's adapter of it is another function, that mixes groups. {_INSTEAD}"
+        return f"groups={base.groups}: PEFT's adapter of it is another function, that mixes groups"
     if base.padding_mode != "zeros":
-        return f"padding_mode={base.padding_mode!r}: PEFT pads the adapter's input with zeros. {_INSTEAD}"
+        return f"padding_mode={base.padding_mode!r}: PEFT pads the adapter's input with zeros"
     if set(base.dilation) != {1} and not adaptive:
-        return f"dilation={base.dilation}: PEFT's adapter of it has none, and its forward fails. {_INSTEAD}"
+        return f"dilation={base.dilation}: PEFT's adapter of it has none, and its forward fails"
     return None
 
 

@@ -20,6 +20,7 @@ from adapterzoo.pieces import Piece, layers_of
 from adapterzoo.plan import Plan
 from adapterzoo.sharded import write
 from adapterzoo.surgery import adapt, unload
+from adapterzoo.targets import Pattern
 
 _WHAT = "this adapter can't be read into the model, and nothing was changed"
 _FIRST_FACTORS = ("lora_A", "lora_A.weight", "lora_embedding_A")
@@ -97,7 +98,7 @@ def _adapt(
 ) -> Plan:
     """All of it, or nothing."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    targets: dict[str | re.Pattern[str], Piece | None]
+    targets: dict[Pattern, Piece | None]
     targets = {re.compile(re.escape(name)): spec for name, spec in chosen.items()}
     train = [name for name in contents.trained if name in parameters and parameters[name].is_floating_point()]
     with _all_or_nothing(model):

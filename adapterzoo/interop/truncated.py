@@ -73,7 +73,9 @@ def export_lora(
     _check_options(rank, max_residual)
     layers = whole_layers(model)
     found = [f"{name}: {why}" for name, layer in layers.items() if (why := wrong_on_kind(layer, LoRA()))]
-    refuse_problems(found + several_names(model), "PEFT can't serve these, and no file was changed")
+    refuse_problems(
+        found + several_names(model), "PEFT can't serve these, merge_and_save can write them, and no file was changed"
+    )
     rows: list[Truncated] = []
     loras: dict[str, PeftLayer] = {}
     problems: list[str] = []
@@ -94,7 +96,7 @@ def _check_options(rank: int | None, max_residual: float | None) -> None:
         raise ExportError("give a rank, or a max_residual that decides on the rank of each layer")
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ExportError(f"rank={rank!r} is not valid: it should be a whole number above 0, or None")
-    if max_residual is not None and not max_residual >= _FINEST:
+    if max_residual is not None and not (isinstance(max_residual, int | float) and max_residual >= _FINEST):
         raise ExportError(
             f"max_residual={max_residual!r} is not valid: it should be {_FINEST} or more, since the factors are "
             "written in float32; or None"
