@@ -4,6 +4,7 @@ CLAIMS = (
     "flops_are_loras",
     "memory_is_loras",
     "linear_step",
+    "convolution_step",
     "deberta_all_linear",
     "llama_blocks",
     "eval_forward",
