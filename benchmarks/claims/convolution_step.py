@@ -1,6 +1,7 @@
 """A training step of one convolution against PEFT's: what factored updates of kernels cost in time and bytes."""
 
 import copy
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -18,7 +19,7 @@ from benchmarks.steps import constants, training_step
 
 RANK, PAIRS = 8, 31
 FULL = "the plain layer, trained as a whole"
-SHAPES = {
+SHAPES: dict[str, tuple[Callable[[], nn.Conv2d], tuple[int, ...]]] = {
     "3 x 3, 128 channels, 4 x 28 x 28": (lambda: nn.Conv2d(128, 128, 3, padding=1), (4, 128, 28, 28)),
     "1 x 1, 256 channels, 4 x 28 x 28": (lambda: nn.Conv2d(256, 256, 1), (4, 256, 28, 28)),
     "depthwise 3 x 3, 256 channels, 4 x 28 x 28": (
