@@ -42,6 +42,12 @@ def write(target: Tensor, value: Tensor) -> None:
     local(target).copy_(local(value))
 
 
+def inside(model: nn.Module) -> nn.Module:
+    """The model itself, where torch.compile or nn.DataParallel stands around it: names are the model's own."""
+    own = model.module if isinstance(model, nn.DataParallel) else model._modules.get("_orig_mod")
+    return model if own is None else inside(own)
+
+
 def wrapper_of_processes(model: nn.Module) -> str | None:
     """The class of a wrapper around or in a model that sums up the gradients of the parameters it was made with."""
     kinds = (nn.parallel.DistributedDataParallel, getattr(_fsdp(), "FullyShardedDataParallel", ()))

@@ -335,7 +335,7 @@ def _other_kinds(model: nn.Module) -> tuple[tuple[str, int], ...]:
     return tuple(kinds.items())
 
 
-def _trained_elsewhere(model: nn.Module) -> tuple[str, ...]:
+def names_of_what_else_trains(model: nn.Module) -> tuple[str, ...]:
     """Names of the modules, other than adapters, with parameters of their own that train."""
     owned = {id(p) for layer in adapted_layers(model).values() for p in layer.adapter.parameters()}
     return tuple(
@@ -365,7 +365,7 @@ def _plan(model: nn.Module, built: list[AdaptedLinear], selection: Selection) ->
         ),
         left_alone=tuple(LeftAlone(item.name, reason) for item, reason in selection.skipped),
         others=_other_kinds(model),
-        trained=_trained_elsewhere(model),
+        trained=names_of_what_else_trains(model),
         total_parameters=sum(packed.get(id(p), p.numel()) for p in parameters),
         trainable_parameters=sum(p.numel() for p in parameters if p.requires_grad),
         model=model,

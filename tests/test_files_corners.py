@@ -3,6 +3,7 @@
 import copy
 import json
 import random
+import re
 import subprocess
 import sys
 
@@ -35,7 +36,7 @@ from adapterzoo import (
     param_groups,
     save,
 )
-from adapterzoo.errors import CheckpointError
+from adapterzoo.errors import CheckpointError, ExportError, PeftError
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
@@ -442,3 +443,167 @@ def test_merged_weights_in_shards_need_nothing_of_this_library(tmp_path):
     arguments = [str(tmp_path / "plain"), str(IDS.tolist()), str(tmp_path / "logits.pt")]
     subprocess.run([sys.executable, "-c", ALONE, *arguments], check=True, cwd=tmp_path, capture_output=True)
     assert distance(torch.load(tmp_path / "logits.pt"), answer(model)) < CLOSE
+
+
+# What a review found
+
+
+def of_peft(model, place, **options):
+    """A trained adapter of PEFT's in files, and what PEFT computes with it."""
+    adapter = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=2, lora_alpha=3, **options))
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    adapter.save_pretrained(place)
+    return peft.PeftModel.from_pretrained(copy.deepcopy(model), str(place)).eval()
+
+
+@pytest.mark.parametrize("saved", [["lm_head"], ["embed_tokens"], ["embed_tokens", "lm_head"]])
+def test_a_tie_that_peft_has_torn_is_refused(saved, tmp_path):
+    model = llama(tie_word_embeddings=True)
+    of_peft(model, tmp_path, target_modules=["q_proj"], modules_to_save=saved)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(PeftError, match=r"is one parameter of the model, .* untie them first"):
+        import_peft(model, tmp_path)
+    assert all(value.equal(before[name]) for name, value in model.state_dict().items())
+
+
+def test_an_import_into_shared_layers_is_refused(tmp_path):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(4, 4)
+            self.b = self.a
+
+        def forward(self, x):
+            return self.b(self.a(x))
+
+    of_peft(Twice(), tmp_path, target_modules=["a"])
+    with pytest.raises(PeftError, match="a = b: one layer with several names"):
+        import_peft(Twice(), tmp_path)
+
+
+def test_no_adapter_is_put_beside_merged_weights(tmp_path):
+    model = trained(llama(), LoRA(r=2, alpha=3))
+    merge_and_save(model, tmp_path)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    for export in (export_peft, export_lora):
+        with pytest.raises(PeftError, match="holds a model's weights"):
+            export(model, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_running_statistics_go_with_the_adapter(affine, tmp_path):
+    def net():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8, affine=affine), nn.Linear(8, 3)).eval()
+
+    model, x = net(), torch.randn(5, 6)
+    trained(model, LoRA(r=2, alpha=3))
+    model.train()
+    for _ in range(5):
+        model(3 + 2 * torch.randn(20, 6))
+    expected = model.eval()(x)
+    export_peft(model, tmp_path / "one")
+    export_lora(model, tmp_path / "two")
+    for place in ("one", "two"):
+        theirs = peft.PeftModel.from_pretrained(net(), str(tmp_path / place)).eval()
+        assert distance(theirs(x), expected) < CLOSE
+        again = net()
+        import_peft(again, tmp_path / place)
+        assert distance(again.eval()(x), expected) < CLOSE
+
+
+def test_an_import_thaws_what_the_file_has_and_no_namesake(tmp_path):
+    class Names(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+            self.block = nn.ModuleDict({"fc": nn.Linear(4, 4)})
+
+        def forward(self, x):
+            return self.block["fc"](self.fc(x))
+
+    adapt(model := Names(), LoRA(r=2), [re.compile("fc")], train=[])
+    model.fc.bias.requires_grad_(True)
+    export_peft(model, tmp_path)
+    again = Names()
+    plan = import_peft(again, tmp_path)
+    trains = {name for name, p in again.named_parameters() if p.requires_grad and ".adapter." not in name}
+    assert trains == {"fc.bias"} == {f"{name}.bias" for name in plan.trained}
+    assert plan.trainable_parameters == sum(p.numel() for p in again.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("write", [save, export_peft, merge_and_save, export_lora])
+def test_a_linked_directory_is_written_into_for_everyone_to_read(write, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "plain").touch()
+    write(trained(small(), LoRA(r=2, alpha=3)), tmp_path / "link")
+    written = list((tmp_path / "real").iterdir())
+    assert len(written) >= 1
+    assert {path.stat().st_mode for path in written} == {(tmp_path / "plain").stat().st_mode}
+    assert not [path for path in tmp_path.rglob("*") if path.name.startswith(".")]
+
+
+def test_a_directory_that_can_not_be_written_is_an_error_of_ours(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for write, error in ((merge_and_save, ExportError), (export_peft, PeftError), (save, CheckpointError)):
+        with pytest.raises((error, ExportError)):
+            write(trained(small(), LoRA(r=2)), tmp_path / "file" / "below")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("write", [save, export_peft, merge_and_save, export_lora])
+def test_what_data_parallel_wraps_is_written_under_its_own_names(write, tmp_path):
+    model = trained(small(), LoRA(r=2, alpha=3))
+    write(model, tmp_path / "one")
+    write(nn.DataParallel(model), tmp_path / "two")
+    one, two = ({p.name: p.read_bytes() for p in (tmp_path / place).iterdir()} for place in ("one", "two"))
+    assert one == two
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # torch's own, at the first compile
+def test_modules_that_are_compiled_inside_a_model_are_named(tmp_path):
+    model = trained(small(), LoRA(r=2, alpha=3))
+    name = next(name for name, module in model.named_children() if module in adapted_layers(model).values())
+    setattr(model, name, torch.compile(getattr(model, name), backend="eager"))
+    for write in (export_peft, merge_and_save, export_lora):
+        with pytest.raises((PeftError, ExportError), match=rf"{name} is wrapped by torch.compile; {name}.compile\(\)"):
+            write(model, tmp_path / "x")
+
+
+def test_buffers_alone_are_nothing_in_common(tmp_path):
+    one = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    adapt(one, LoRA(r=2), ["0"])
+    save(one, tmp_path)
+    other = nn.ModuleDict({"0": nn.Conv1d(4, 4, 1), "1": nn.BatchNorm1d(4), "2": nn.Linear(4, 4)})
+    adapt(other, LoRA(r=2), ["2"])
+    with pytest.raises(CheckpointError):
+        load(other, tmp_path, strict=False)
+
+
+def test_values_that_are_not_finite_are_not_exported(tmp_path):
+    model = trained(small(), LoRA(r=2))
+    next(iter(adapted_layers(model).values())).adapter.B.data[0] = torch.nan
+    with pytest.raises(PeftError, match="its adapter has values that are not finite"):
+        export_peft(model, tmp_path / "x")
+
+
+def test_a_tilde_is_the_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model = trained(small(), LoRA(r=2, alpha=3))
+    save(model, "~/own")
+    export_peft(model, "~/peft")
+    merge_and_save(model, "~/merged")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["merged", "own", "peft"]
+    load(small(), "~/own")
+    import_peft(small(), "~/peft")
+
+
+def test_what_is_no_model_is_named(tmp_path):
+    for call in (save, load):
+        with pytest.raises(CheckpointError, match="not OrderedDict"):
+            call(small().state_dict(), tmp_path)

@@ -70,7 +70,7 @@ def inspect(directory: str | Path) -> Contents:
         ...     inspect(directory).specs()
         {'0': MAP(LoRA(r=2)), '2': MAP(LoRA(r=2))}
     """
-    path = Path(directory)
+    path = Path(directory).expanduser()
     return Contents(path, manifest_in(path))
 
 

@@ -11,7 +11,7 @@ from torch.nn.parameter import UninitializedParameter
 from adapterzoo.errors import CheckpointError
 from adapterzoo.forms import form_of
 from adapterzoo.layer import AdaptedLinear, adapted_layers
-from adapterzoo.sharded import reshard, wrapper_of_processes
+from adapterzoo.sharded import inside, reshard, wrapper_of_processes
 from adapterzoo.targets import modules_by_name
 
 _RUNNING = nn.modules.batchnorm._NormBase  # batch and instance norms
@@ -44,6 +44,7 @@ class Inventory:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        check_is_model(model)
         if wrapper_of_processes(model) == "FullyShardedDataParallel":
             raise CheckpointError(
                 "FullyShardedDataParallel keeps weights flat and in pieces, so they can't be saved or loaded here: "
@@ -87,11 +88,16 @@ class Inventory:
         return [item for item in _kept(self.model, "buffer") if id(item.value) not in adapters]
 
 
+def check_is_model(model: object) -> None:
+    """Raise a CheckpointError unless it is a module."""
+    if not isinstance(model, nn.Module):
+        raise CheckpointError(f"a torch.nn.Module is saved, or loaded into, not {type(model).__name__}")
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model itself, where DistributedDataParallel or torch.compile stands around it: names are the model's own."""
-    inside = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else None
-    inside = inside if inside is not None else model._modules.get("_orig_mod")
-    return model if inside is None else unwrapped(inside)
+    """The model itself, where wrappers of processes, devices or the compiler stand around it."""
+    own = inside(model)
+    return unwrapped(own.module) if isinstance(own, nn.parallel.DistributedDataParallel) else own
 
 
 def digest_of(shapes: Mapping[str, list[int]]) -> str:

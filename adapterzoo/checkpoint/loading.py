@@ -8,7 +8,7 @@ from torch import nn
 
 from adapterzoo.checkpoint.adapting import adapt_as, undone_on_failure
 from adapterzoo.checkpoint.comparison import base_differences, missing_layers
-from adapterzoo.checkpoint.inventory import Inventory
+from adapterzoo.checkpoint.inventory import Inventory, check_is_model
 from adapterzoo.checkpoint.manifest import AdapterEntry, BaseEntry
 from adapterzoo.checkpoint.matching import Match, device_problems, match
 from adapterzoo.checkpoint.report import LoadReport
@@ -72,7 +72,8 @@ def load(
         >>> again[0].spec
         LoRA(r=2)
     """
-    path = Path(directory)
+    check_is_model(model)
+    path = Path(directory).expanduser()
     with opened(path, name) as (manifest, adapter, files), undone_on_failure(model):
         specs, inventory = specs_of(adapter), Inventory(model)
         problems = _base_problems(inventory, manifest.base, adapter, strict)

@@ -64,7 +64,7 @@ def save(
     _check_arguments(name, max_shard_bytes)
     inventory = Inventory(model)
     content = described(inventory)
-    path = Path(directory)
+    path = Path(directory).expanduser()
     device = device_of_shards(inventory)
     if device is None:
         return _write(path, name, inventory, content, max_shard_bytes)

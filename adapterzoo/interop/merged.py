@@ -1,6 +1,8 @@
 """A model written to files with every adapted layer's W' in its place, as if it had never been adapted."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +24,7 @@ from adapterzoo.interop.plain import (
 from adapterzoo.interop.staged import refuse_beside, refuse_problems, staged, whole_layers
 from adapterzoo.layer import AdaptedLinear
 from adapterzoo.merging import MergeReport
+from adapterzoo.sharded import inside
 
 _ADAPTERS = ("adapter_config.json", "adapterzoo.json")
 
@@ -74,7 +77,7 @@ def merge_and_save(
         1 layer merged, nothing lost to rounding
         ['0.bias', '0.weight']
     """
-    model = getattr(model, "_orig_mod", model)  # what torch.compile was given
+    model = inside(model)
     layers, writes_itself = whole_layers(model), hasattr(model, "save_pretrained")
     if max_shard_size is not None and not writes_itself:
         raise ExportError(
@@ -82,7 +85,8 @@ def merge_and_save(
             "none and is written as one file"
         )
     refuse_beside(directory, _ADAPTERS, "an adapter there would be applied once more on top of the merged weights")
-    with staged(directory, last="config.json" if writes_itself else "model.safetensors") as stage:
+    last = "config.json" if writes_itself else "model.safetensors"
+    with _telling(directory), staged(directory, last=last) as stage:
         lost, plain = _plain_layers(layers, stage.scratch, dequantize)
         if dequantize:
             plain.update(_dequantised_layers(model, stage.scratch))
@@ -96,6 +100,14 @@ def merge_and_save(
             save_model(whole, str(stage.files / "model.safetensors"), metadata={"format": "pt"})
         _check_written(model, layers, stage.files)
     return MergeReport(lost)
+
+
+@contextmanager
+def _telling(directory: str | os.PathLike[str]) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ExportError(f"{os.fspath(directory)!r} can't be written, and no file was changed: {error}") from error
 
 
 def _plain_layers(

@@ -13,13 +13,18 @@ from adapterzoo.interop.peft_keys import Contents
 from adapterzoo.interop.peft_layouts import slots
 from adapterzoo.pieces import Piece
 from adapterzoo.support import unsupported
+from adapterzoo.targets import modules_by_name
 
 
 def agreed_specs(model: nn.Module, config: LoraFields, contents: Contents) -> tuple[dict[str, Piece], list[str]]:
     """What adapts each layer that the file has tensors of, and everything that does not agree."""
     modules = dict(model.named_modules())
     specs: dict[str, Piece] = {}
-    problems = []
+    problems = [
+        f"{' = '.join(item.names)}: one layer with several names; PEFT adapts one of them alone"
+        for item in modules_by_name(model)
+        if len(item.names) > 1 and not contents.adapters.keys().isdisjoint(item.names)
+    ]
     for name, tensors in contents.adapters.items():
         found = _problems_of_layer(modules, config, name, tensors)
         problems += [f"{name}: {problem}" for problem in found]

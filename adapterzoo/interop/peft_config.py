@@ -169,7 +169,7 @@ class AdaLoraFields(LoraFields):
 
     def _kept(self) -> Mapping[str, list[bool]]:
         """Which ranks are left, by module."""
-        return {key.split(".lora_E")[0]: kept for key, kept in (self.rank_pattern or {}).items()}
+        return {key.rpartition(".lora_E")[0]: kept for key, kept in (self.rank_pattern or {}).items()}
 
     def problems(self) -> list[str]:
         """Everything in it that can't be honoured."""

@@ -18,7 +18,7 @@ from adapterzoo.layer import AdaptedLinear, adapted_layers
 from adapterzoo.methods import AdaLoRA, LoRA
 from adapterzoo.methods.scaled import RankScaled
 from adapterzoo.pieces import Piece, layers_of
-from adapterzoo.sharded import gathered, is_sharded, reshard
+from adapterzoo.sharded import gathered, inside, is_sharded, reshard
 from adapterzoo.watch import WATCH
 
 _WHAT = "this model can't be written in PEFT's format, and nothing was written"
@@ -88,7 +88,7 @@ def export_peft(
         ...     sorted(path.name for path in __import__("pathlib").Path(directory).iterdir())
         ['adapter_config.json', 'adapter_model.safetensors']
     """
-    model = getattr(model, "_orig_mod", model)  # what torch.compile was given
+    model = inside(model)
     reshard(model)  # what FSDP2 has gathered for a forward is thrown away
     layers = adapted_layers(model)
     if not layers:

@@ -28,6 +28,14 @@ def write_pair(directory: str | os.PathLike[str], config: Mapping[str, Any], ten
         ExportError: the directory is a file.
         PeftError: something that can't be written. What was there is still there.
     """
+    if any(Path(directory).expanduser().glob("model*.safetensors")):
+        raise PeftError(
+            f"no adapter was written to {os.fspath(directory)!r}",
+            [
+                "it holds a model's weights, maybe merged ones, and from_pretrained would put the adapter on top of "
+                "them; write to another directory"
+            ],
+        )
     try:
         with staged(directory, last=CONFIG) as stage:
             apart = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
@@ -43,7 +51,7 @@ def read_pair(directory: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[s
     Raises:
         PeftError: files that are missing, damaged, or pickles, which run code when they are read.
     """
-    place = Path(directory)
+    place = Path(directory).expanduser()
     _check_there(place)
     try:
         config = json.loads((place / CONFIG).read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)

@@ -7,6 +7,7 @@ from torch import nn
 
 from adapterzoo.conditioning import DoRA
 from adapterzoo.interop.peft_layouts import has_format
+from adapterzoo.interop.staged import compiled_inside
 from adapterzoo.layer import AdaptedLinear
 from adapterzoo.methods import AdaLoRA, LoRA
 from adapterzoo.pieces import Piece, layers_of
@@ -18,7 +19,7 @@ _INSTEAD = "merge_and_save writes merged weights, export_lora a LoRA by SVD"
 def misfits(model: nn.Module, layers: Mapping[str, AdaptedLinear]) -> list[str]:
     """Everything that stands against an export, as sentences that name layers."""
     found = [f"{name}: {problem}" for name, layer in layers.items() if (problem := _misfit(layer)) is not None]
-    found += several_names(model)
+    found += [*several_names(model), *compiled_inside(model)]
     wrapper = wrapper_of_processes(model)
     if wrapper is not None:
         found.append(f"the model is in a {wrapper}, which changes the names of its layers; export the model inside it")
@@ -43,6 +44,8 @@ def _misfit(layer: AdaptedLinear) -> str | None:
         return f"PEFT has no format for {layer.spec!r}; it has LoRA, DoRA(LoRA) and AdaLoRA. {_INSTEAD}"
     if any(value.is_meta for value in layer.adapter.state_dict().values()):
         return "it is on the meta device and has no values yet"
+    if not all(bool(value.isfinite().all()) for value in layer.adapter.state_dict().values()):
+        return "its adapter has values that are not finite"
     wrong = wrong_on_kind(layer, layer.spec)
     return _zero_rows(layer) if wrong is None else f"{wrong}. {_INSTEAD}"
 

@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +19,8 @@ from adapterzoo.interop.peft_wrap import start_from, wrapped
 from adapterzoo.layer import AdaptedLinear, adapted_layers
 from adapterzoo.pieces import Piece, layers_of
 from adapterzoo.plan import Plan
-from adapterzoo.sharded import write
-from adapterzoo.surgery import adapt, unload
+from adapterzoo.sharded import inside, write
+from adapterzoo.surgery import adapt, names_of_what_else_trains, unload
 from adapterzoo.targets import Pattern
 
 _WHAT = "this adapter can't be read into the model, and nothing was changed"
@@ -73,7 +74,7 @@ def import_peft(
         >>> plan.adapted[0].spec
         MAP(LoRA(r=2, alpha=8))
     """
-    model = getattr(model, "_orig_mod", model)  # what torch.compile was given
+    model = inside(model)
     if adapted_layers(model):
         raise TargetError("the model has adapters already, and a layer takes one: unload(model, merge=...) first")
     raw, tensors = read_pair(directory)
@@ -103,6 +104,7 @@ def _adapt(
     train = [name for name in contents.trained if name in parameters and parameters[name].is_floating_point()]
     with _all_or_nothing(model):
         plan = adapt(model, targets=targets, train=train, seed=seed, adapter_dtype=adapter_dtype, lean=lean)
+        plan = _thaw_exactly(plan, parameters, train)
         own = model.state_dict(keep_vars=True)
         problems = [too_wide(name, value, own[name]) for name, value in contents.trained.items()]
         for name, layer in adapted_layers(model).items():
@@ -113,6 +115,16 @@ def _adapt(
     for name, value in contents.trained.items():
         write(own[name], value)
     return plan
+
+
+def _thaw_exactly(plan: Plan, parameters: Mapping[str, nn.Parameter], train: list[str]) -> Plan:
+    """Freeze what `adapt` has thawed too, because a name in `train` is the tail of its name."""
+    meant = {id(parameters[name]) for name in train}
+    for parameter in parameters.values():
+        if parameter.requires_grad and id(parameter) not in meant:
+            parameter.requires_grad_(False)
+    trains = sum(p.numel() for p in plan.model.parameters() if p.requires_grad)
+    return replace(plan, trained=names_of_what_else_trains(plan.model), trainable_parameters=trains)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """What the tensors of a file are: numbers of adapters by module, trained parameters, and copies of base weights."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -72,6 +72,21 @@ def _sort_others(model: nn.Module, config: LoraFields, others: Mapping[str, Tens
                 "model first, if they are meant"
             )
     found.problems += [f"{name} is missing, though modules_to_save names it" for name in sorted(kept - values.keys())]
+    found.problems += _torn_ties(found.trained, own)
+
+
+def _torn_ties(trained: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Iterator[str]:
+    """PEFT trains a copy for each name of a saved module, so what is one parameter here may be several there."""
+    sharers: dict[int, list[str]] = {}
+    for name, value in own.items():
+        sharers.setdefault(id(value), []).append(name)
+    for names in sharers.values():
+        there = [name for name in names if name in trained]
+        if there and (there != names or any(not torch.equal(trained[there[0]], trained[name]) for name in there)):
+            yield (
+                f"{' = '.join(names)} is one parameter of the model, and the file has other values for {there[0]} than "
+                "for the rest; untie them first (Transformers: tie_word_embeddings=False), as PEFT did"
+            )
 
 
 # With bias="all", PEFT writes the biases of a saved module three times: under its own name, as they stand in its

@@ -66,7 +66,7 @@ def _modules_and_loose(model: nn.Module, found: Trained) -> Iterator[tuple[str, 
         prefix, module = waiting.pop()
         if isinstance(module, AdaptedLinear):
             continue
-        if prefix and _is_whole(module):
+        if prefix and (_is_whole(module) or _keeps_running_statistics(module)):
             found.modules.append(prefix)
             continue
         dot = prefix and prefix + "."
@@ -81,6 +81,11 @@ def _is_whole(module: nn.Module) -> bool:
     parameters = [value for value in module.parameters() if value.is_floating_point()]
     plain = not any(isinstance(part, AdaptedLinear) for part in module.modules())
     return plain and bool(parameters) and all(map(trains, parameters)) and not isinstance(module, _CONTAINERS)
+
+
+def _keeps_running_statistics(module: nn.Module) -> bool:
+    """Batch norms: what they keep changes in training, also where nothing of them trains."""
+    return isinstance(module, nn.modules.batchnorm._NormBase) and module.running_mean is not None
 
 
 def _take_modules(model: nn.Module, found: Trained) -> None:

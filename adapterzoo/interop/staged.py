@@ -46,11 +46,13 @@ def staged(directory: str | os.PathLike[str], last: str = "config.json") -> Iter
     Raises:
         ExportError: the path is a file.
     """
-    target = Path(directory)
+    target = Path(directory).expanduser()
     if target.exists() and not target.is_dir():
         raise ExportError(f"{target} is a file; give the directory that the files are to stand in")
     target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    # A directory that is there may be a link or a mount, into which nothing can be renamed from beside it.
+    place = target if target.exists() else target.parent
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=place))
     try:
         stage = Stage(work / "files", work / "scratch")
         for path in (stage.files, stage.scratch):
@@ -74,6 +76,7 @@ def whole_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
     wrapper = wrapper_of_processes(model)
     if wrapper is not None:
         raise ExportError(f"the model is in a {wrapper}, which has names of its own; give what it wraps (model.module)")
+    refuse_problems(compiled_inside(model), "the model's names are not those of its plain form")
     reshard(model)
     values = dict([*model.named_parameters(), *model.named_buffers()])
     refuse_problems(
@@ -87,6 +90,12 @@ def whole_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
     return layers
 
 
+def compiled_inside(model: nn.Module) -> list[str]:
+    """Modules of a model that torch.compile stands around, which changes the names of what is in them."""
+    names = [name.removesuffix("._orig_mod") for name, _ in model.named_modules() if name.endswith("._orig_mod")]
+    return [f"{name} is wrapped by torch.compile; {name}.compile() compiles it in its place" for name in names]
+
+
 def refuse_beside(directory: str | os.PathLike[str], names: Sequence[str], why: str) -> None:
     """Raise an ExportError if the directory holds one of these files.
 
@@ -95,7 +104,7 @@ def refuse_beside(directory: str | os.PathLike[str], names: Sequence[str], why: 
         names: of files that would change what the new ones mean.
         why: what would happen, as the end of a sentence.
     """
-    found = [name for name in names if (Path(directory) / name).exists()]
+    found = [name for name in names if (Path(directory).expanduser() / name).exists()]
     if found:
         raise ExportError(f"{directory} holds {', '.join(found)}: {why}; write to another directory")
 
@@ -125,6 +134,7 @@ class _Moves:
 def _commit(new: Path, target: Path, replaced: Path, last: str) -> None:
     found = (path.relative_to(new) for path in new.rglob("*") if path.is_file())
     files = sorted(found, key=lambda path: (str(path) == last, path))
+    _share(new, files)
     for file in files:
         _flush(new / file)
     if not target.exists():
@@ -149,6 +159,13 @@ def _stale(files: Sequence[Path], target: Path) -> list[Path]:
     return [
         path for path in beside if path not in files and (m := _WEIGHTS.fullmatch(path.name)) and m["stem"] in stems
     ]
+
+
+def _share(new: Path, files: Sequence[Path]) -> None:
+    """Give files the mode that new files have here: safetensors writes files that only their owner can read."""
+    (new.parent / "mode").touch()
+    for file in files:
+        (new / file).chmod((new.parent / "mode").stat().st_mode)
 
 
 def _flush(path: Path) -> None:

@@ -14,6 +14,7 @@ from adapterzoo.interop.staged import refuse_problems, whole_layers
 from adapterzoo.layer import AdaptedLinear
 from adapterzoo.methods import LoRA
 from adapterzoo.precision import full_precision
+from adapterzoo.sharded import inside
 
 _FINEST = 1e-6  # what factors in float32 can promise
 
@@ -69,7 +70,7 @@ def export_lora(
         >>> report.layers[0].rank, report.worst < 1e-6
         (2, True)
     """
-    model = getattr(model, "_orig_mod", model)  # what torch.compile was given
+    model = inside(model)
     _check_options(rank, max_residual)
     layers = whole_layers(model)
     found = [f"{name}: {why}" for name, layer in layers.items() if (why := wrong_on_kind(layer, LoRA()))]
