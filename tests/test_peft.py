@@ -29,7 +29,7 @@ from adapterzoo.interop.peft_names import exact_patterns, exact_targets, is_mean
 # peft 0.21 asks Transformers 5 by an old name.
 DEPRECATED = "`is_gradient_checkpointing` is deprecated"
 pytestmark = pytest.mark.filterwarnings(f"ignore:{DEPRECATED}:FutureWarning")
-CLOSE = 1e-5  # relative, in float32: the bound
+CLOSE = 1e-5  # relative, in float32
 TEXT = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 19}
 
 
