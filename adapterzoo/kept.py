@@ -6,6 +6,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn import Parameter
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from adapterzoo.wide import in_transform, row_norms_sq
@@ -108,10 +109,12 @@ class KeptFactors(Generic[T]):
         """Forget everything; the binding stays."""
         self._kept = None
 
-    def is_in_place(self) -> bool:
-        """Whether any of the bound tensors still stands in its place; functional_call puts others there."""
-        now = (table.get(name) for table, name in self._places)
-        return any(value is not None and bound.fits(value) for value, bound in zip(now, self._bound, strict=True))
+    def are_given(self) -> bool:
+        """Whether the bound places hold no parameters: torch.func puts plain tensors there for the time of a call.
+
+        (Transformers' from_pretrained puts other parameters there for good, and nobody knows which of them a file had.)
+        """
+        return not any(isinstance(table.get(name), Parameter) for table, name in self._places)
 
     def get(self, build: Callable[[], T]) -> T:
         """What `build` makes of the tensors in the bound places, or made of them before."""

@@ -207,7 +207,7 @@ class AdaptedLinear(nn.Module):
 
     def factored_weight(self) -> FactoredWeight:
         """W' in normal form, from the parameters as they are now; differentiable."""
-        if not self._initialised and self._factors.is_in_place():
+        if not (self._initialised or self._factors.are_given()):
             raise UninitialisedError(self.name)
         with full_precision(self.weight.device.type):
             return self.adapter.weight(self.site())

@@ -53,7 +53,7 @@ def refused(capsys, *arguments):
     return err
 
 
-def test_the_command_of_the_issue_prints_what_the_page_shows():
+def test_the_command_of_the_readme_prints_what_the_page_shows():
     """In a process of its own; what other packages write to stderr as they are imported is theirs."""
     line, shown = re.search(r"```sh\n(.*?)\n```\n\n```text\n(.*?)\n```", PAGE, re.DOTALL).groups()
     program, *arguments = shlex.split(line)
