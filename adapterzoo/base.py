@@ -5,7 +5,7 @@ from math import prod
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adapterzoo.kept import NormCache
@@ -29,6 +29,14 @@ class WeightShape(NamedTuple):
     def in_channels(self) -> int:
         """Inputs that a filter reads at each place of its kernel: in/groups."""
         return self.in_features // max(1, prod(self.kernel))
+
+
+OWN_FORWARD = "it has a forward of its own, which an adapter would bypass"
+
+
+def own_forward(module: nn.Module, kind: type[nn.Module]) -> str | None:
+    """Say that a subclass, or a library that places models on devices, has given a module another forward; or None."""
+    return None if type(module).forward is kind.forward and "forward" not in vars(module) else OWN_FORWARD
 
 
 class Base(Protocol):

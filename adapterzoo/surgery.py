@@ -3,18 +3,18 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from math import prod
 
 import torch
 from torch import nn
 
 from adapterzoo.adapter import Adapter
 from adapterzoo.errors import MergedError, TargetError, UnsupportedLayerError, listing
-from adapterzoo.forms import Form, form_of
+from adapterzoo.forms import form_of
 from adapterzoo.layer import AdaptedLinear, adapted_layers
 from adapterzoo.merging import MergeReport
 from adapterzoo.pieces import Piece, check_is_spec
 from adapterzoo.plan import Adapted, LeftAlone, Plan
+from adapterzoo.quantised import numbers
 from adapterzoo.sharded import reshard, wrapper_of_processes
 from adapterzoo.support import check_adapter_dtype, check_seed, unsupported
 from adapterzoo.targets import ALL_LINEAR, Pattern, Selection, Targets, is_linear, select
@@ -345,18 +345,8 @@ def names_of_what_else_trains(model: nn.Module) -> tuple[str, ...]:
     )
 
 
-def _packed(model: nn.Module) -> dict[int, int]:
-    """How many numbers quantised weights stand for, by id: some pack two into a byte."""
-    forms: list[Form] = [layer.form for layer in adapted_layers(model).values()]
-    for module in model.modules():
-        kind = form_of(module)
-        if kind is not None and not kind.is_dense and kind.problem(module) is None:
-            forms.append(kind(module))
-    return {id(form.module.weight): prod(form.shape[:2]) for form in forms if not form.is_dense}
-
-
 def _plan(model: nn.Module, built: list[AdaptedLinear], selection: Selection) -> Plan:
-    parameters, packed = list(model.parameters()), _packed(model)
+    parameters = list(model.parameters())
     return Plan(
         adapted=tuple(
             Adapted(item.names, layer.spec, layer.shape,
@@ -366,7 +356,7 @@ def _plan(model: nn.Module, built: list[AdaptedLinear], selection: Selection) ->
         left_alone=tuple(LeftAlone(item.name, reason) for item, reason in selection.skipped),
         others=_other_kinds(model),
         trained=names_of_what_else_trains(model),
-        total_parameters=sum(packed.get(id(p), p.numel()) for p in parameters),
+        total_parameters=sum(map(numbers, parameters)),
         trainable_parameters=sum(p.numel() for p in parameters if p.requires_grad),
         model=model,
     )  # fmt: skip

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from math import prod
 from pathlib import Path
 
 import torch
@@ -13,6 +12,7 @@ from adapterzoo.analysis.counts import Count, LayerCount
 from adapterzoo.errors import ArchitectureError
 from adapterzoo.layer import AdaptedLinear, adapted_layers
 from adapterzoo.pieces import Piece
+from adapterzoo.quantised import numbers
 from adapterzoo.surgery import adapt
 from adapterzoo.targets import ALL_LINEAR, Pattern, Targets
 
@@ -97,8 +97,8 @@ def counted(model: nn.Module, title: str, per_layer: bool = False) -> Count:
         kind=type(model).__name__,
         dtype=_dtypes(base),
         layers=tuple(_layer_count(name, layer) for name, layer in layers.items()),
-        base_parameters=sum(map(_numbers, base)),
-        trainable_parameters=sum(map(_numbers, trained)),
+        base_parameters=sum(map(numbers, base)),
+        trainable_parameters=sum(value.numel() for value in trained),
         base_bytes=sum(map(_bytes, base)),
         adapter_bytes=sum(_bytes(v) for layer in layers.values() for v in layer.adapter.state_dict().values()),
         gradient_bytes=sum(map(_bytes, trained)),
@@ -121,12 +121,6 @@ def _without_values(model: str | Path | nn.Module, dtype: torch.dtype | None) ->
 def _layer_count(name: str, layer: AdaptedLinear) -> LayerCount:
     parameters = sum(value.numel() for value in layer.adapter.parameters())
     return LayerCount(name, layer.spec, (layer.out_features, layer.in_features), parameters)
-
-
-def _numbers(value: Tensor) -> int:
-    """How many numbers a tensor stands for: bitsandbytes packs two into a byte, and keeps the shape beside it."""
-    shape: Iterable[int] = getattr(getattr(value, "quant_state", None), "shape", value.shape)
-    return prod(shape)
 
 
 def _bytes(value: Tensor) -> int:

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adapterzoo.base import WeightShape
+from adapterzoo.base import OWN_FORWARD, WeightShape, own_forward
 from adapterzoo.factored import FactoredWeight
-from adapterzoo.forms.form import OWN_FORWARD, Form, has_own_forward, wrong_dtype
+from adapterzoo.forms.form import Form, wrong_dtype
 from adapterzoo.kernel import Dropout
 from adapterzoo.wide import in_transform
 
@@ -50,9 +50,9 @@ class Convolution(Form):
     def problem(cls, module: nn.Module) -> str | None:
         """It needs torch's own forward and an ordinary weight."""
         own = next(kind for kind in _KINDS if isinstance(module, kind))
-        if has_own_forward(module, _KINDS) or type(module)._conv_forward is not own._conv_forward:  # type: ignore[attr-defined]
+        if type(module)._conv_forward is not own._conv_forward:  # type: ignore[attr-defined]
             return OWN_FORWARD
-        return super().problem(module)
+        return own_forward(module, own) or super().problem(module)
 
     def _shape(self) -> WeightShape:
         """(out_channels, in/groups · kernel elements, kernel size)."""
@@ -65,7 +65,7 @@ class Convolution(Form):
 
     def stored(self, matrix: Tensor) -> Tensor:
         """Every row as a filter."""
-        return self._kernel(matrix, self.module.in_channels // self.module.groups)
+        return matrix.reshape(len(matrix), self.shape.in_channels, *self.shape.kernel)
 
     def bad_input(self, x: Tensor, weight: Tensor) -> str | None:
         """Inputs are [batch, channels, ...] or [channels, ...], in the weight's dtype."""
@@ -95,8 +95,8 @@ class Convolution(Form):
             if len(updates) > 1:  # a single one is added with one rounding in any case
                 y = z.to(total)
             if delta is not None:
-                gain = self._per_channel(1 + delta).to(total)
-                y = z * gain if bias is None else torch.addcmul(self._per_channel(bias).to(total), z, gain)
+                gain = self._one_by_one(1 + delta).to(total)
+                y = z * gain if bias is None else torch.addcmul(self._one_by_one(bias).to(total), z, gain)
             for update in updates:  # in place of what no backward reads, but for torch.func, which can't follow
                 y = y + update if y is z or in_transform() else y.add_(update)
             return y.to(z.dtype)
@@ -140,14 +140,8 @@ class Convolution(Form):
         """A matrix [n, in/groups · size] as a kernel, in the dtype of a product."""
         return self.stored(matrix).to(like.dtype)
 
-    def _kernel(self, matrix: Tensor, channels: int) -> Tensor:
-        return matrix.reshape(len(matrix), channels, *self.shape.kernel)
-
-    def _one_by_one(self, matrix: Tensor) -> Tensor:
-        return matrix[(..., *(None for _ in self.shape.kernel))]
-
-    def _per_channel(self, values: Tensor) -> Tensor:
-        """[out] or [1], so that it multiplies channels."""
+    def _one_by_one(self, values: Tensor) -> Tensor:
+        """A matrix as a 1×1 kernel, or a vector so that it multiplies channels."""
         return values[(..., *(None for _ in self.shape.kernel))]
 
     def _convolve(self, x: Tensor, kernel: Tensor, groups: int) -> Tensor:

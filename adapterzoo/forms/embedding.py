@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adapterzoo.base import WeightShape
+from adapterzoo.base import WeightShape, own_forward
 from adapterzoo.factored import FactoredWeight
-from adapterzoo.forms.form import OWN_FORWARD, Form, has_own_forward
+from adapterzoo.forms.form import Form
 
 
 class Embedding(Form):
@@ -33,8 +33,9 @@ class Embedding(Form):
     def problem(cls, module: nn.Module) -> str | None:
         """It needs torch's own forward, an ordinary weight, and none of the options that act on a trained weight."""
         assert isinstance(module, nn.Embedding)
-        if has_own_forward(module, [nn.Embedding]):
-            return OWN_FORWARD
+        other = own_forward(module, nn.Embedding)
+        if other is not None:
+            return other
         if module.max_norm is not None:
             return (
                 f"max_norm={module.max_norm} rescales its weight in every forward, which an adapter can't follow; "

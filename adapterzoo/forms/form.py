@@ -1,7 +1,6 @@
 """What differs between kinds of layers: how they store their weight W, and how they apply it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -57,10 +56,7 @@ class Form(ABC):
     @classmethod
     def problem(cls, module: nn.Module) -> str | None:
         """Say why a module of this kind can't be adapted; None if it can."""
-        weight: Any = module.weight
-        if type(weight) is not nn.Parameter or weight.dtype not in DTYPES:
-            return f"its weight is a {type(weight).__name__} of {weight.dtype}, not an ordinary matrix"
-        return None
+        return odd_weight(module)
 
     @abstractmethod
     def _shape(self) -> WeightShape:
@@ -107,17 +103,16 @@ class Form(ABC):
         """
 
 
+def odd_weight(module: nn.Module) -> str | None:
+    """Say that a module's weight is no ordinary floating-point parameter; None if it is one."""
+    weight: Any = module.weight
+    if type(weight) is nn.Parameter and weight.dtype in DTYPES:
+        return None
+    return f"its weight is a {type(weight).__name__} of {weight.dtype}, not an ordinary matrix"
+
+
 def wrong_dtype(x: Tensor, weight: Tensor) -> str | None:
     """What `bad_input` says of an input that has another dtype than the weight, outside autocast."""
     if x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type):
         return None
     return f"has a weight of {weight.dtype} and got an input of {x.dtype}: cast one, or use autocast"
-
-
-def has_own_forward(module: nn.Module, kinds: Sequence[type[nn.Module]]) -> bool:
-    """Whether a subclass, or a library that places models on devices, has given it another forward than its kind's."""
-    kind = next(kind for kind in kinds if isinstance(module, kind))
-    return type(module).forward is not kind.forward or "forward" in vars(module)
-
-
-OWN_FORWARD = "it has a forward of its own, which an adapter would bypass"

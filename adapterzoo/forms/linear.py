@@ -6,9 +6,9 @@ from typing import ClassVar, cast
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adapterzoo.base import Base, WeightShape
+from adapterzoo.base import Base, WeightShape, own_forward
 from adapterzoo.factored import FactoredWeight
-from adapterzoo.forms.form import OWN_FORWARD, Form, has_own_forward, wrong_dtype
+from adapterzoo.forms.form import Form, odd_weight, wrong_dtype
 from adapterzoo.functional import factored_linear
 
 
@@ -25,7 +25,7 @@ class Linear(Form):
     @classmethod
     def problem(cls, module: nn.Module) -> str | None:
         """It needs torch's own forward and an ordinary weight."""
-        return OWN_FORWARD if has_own_forward(module, [nn.Linear]) else super().problem(module)
+        return own_forward(module, nn.Linear) or super().problem(module)
 
     def _shape(self) -> WeightShape:
         """(out_features, in_features)."""
@@ -90,8 +90,7 @@ class Transposed(Linear):
     @classmethod
     def problem(cls, module: nn.Module) -> str | None:
         """It needs Transformers' own forward and an ordinary weight."""
-        kind = sys.modules["transformers.pytorch_utils"].Conv1D
-        return OWN_FORWARD if has_own_forward(module, [kind]) else Form.problem.__func__(cls, module)  # type: ignore[attr-defined]
+        return own_forward(module, sys.modules["transformers.pytorch_utils"].Conv1D) or odd_weight(module)
 
     def matrix(self, weight: Tensor) -> Tensor:
         """The weight transposed."""

@@ -3,7 +3,9 @@
 A module of theirs exists only where its library is imported already, so that is where it is looked for.
 """
 
-from torch import nn
+from math import prod
+
+from torch import Tensor, nn
 
 from adapterzoo.quantised.base import QuantisedBase as QuantisedBase
 from adapterzoo.quantised.bitsandbytes_4bit import FourBit
@@ -31,3 +33,8 @@ def find(module: nn.Module) -> type[QuantisedBase] | None:
         True
     """
     return next((kind for kind in KINDS if kind.claims(module)), None)
+
+
+def numbers(value: Tensor) -> int:
+    """How many numbers a tensor stands for: bitsandbytes packs two into a byte, and keeps the shape beside it."""
+    return prod(getattr(getattr(value, "quant_state", None), "shape", value.shape))

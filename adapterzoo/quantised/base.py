@@ -188,10 +188,3 @@ class _ApplyT(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return ctx.base.apply(grad).to(ctx.dtype), None
-
-
-def has_other_forward(module: nn.Module, kind: type[nn.Module]) -> str | None:
-    """Say that a module's forward is not its library's, if so."""
-    if type(module).forward is kind.forward and "forward" not in vars(module):
-        return None
-    return "it has a forward of its own, which an adapter would bypass"

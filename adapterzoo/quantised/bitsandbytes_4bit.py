@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from adapterzoo.base import own_forward
 from adapterzoo.kept import NormCache
-from adapterzoo.quantised.base import QuantisedBase, has_other_forward
+from adapterzoo.quantised.base import QuantisedBase
 
 
 class FourBit(QuantisedBase):
@@ -36,7 +37,7 @@ class FourBit(QuantisedBase):
     @classmethod
     def problem(cls, module: nn.Module) -> str | None:
         """It has to be quantised, by scales in the order in which bitsandbytes reads them."""
-        other = has_other_forward(module, _linear())
+        other = own_forward(module, _linear())
         if other is not None:
             return other
         state = _state(module, module.weight)

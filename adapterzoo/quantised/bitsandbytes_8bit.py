@@ -6,8 +6,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from adapterzoo.base import own_forward
 from adapterzoo.kept import NormCache
-from adapterzoo.quantised.base import QuantisedBase, has_other_forward
+from adapterzoo.quantised.base import QuantisedBase
 
 
 class EightBit(QuantisedBase):
@@ -40,7 +41,7 @@ class EightBit(QuantisedBase):
             )
         if module.weight.SCB is None and module.state.SCB is None:  # type: ignore[union-attr]
             return "its weight is not quantised yet, which bitsandbytes does in model.to(device): call that first"
-        return has_other_forward(module, _linear())
+        return own_forward(module, _linear())
 
     @property
     def dtype(self) -> torch.dtype:

@@ -6,7 +6,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from adapterzoo.quantised.base import QuantisedBase, has_other_forward
+from adapterzoo.base import own_forward
+from adapterzoo.quantised.base import QuantisedBase
 
 _SUPPORTED = ("Int8Tensor",)
 
@@ -36,7 +37,7 @@ class TorchAO(QuantisedBase):
             return "it quantises or scales its inputs too; quantise weights alone, with Int8WeightOnlyConfig"
         if weight.zero_point is not None and bool(weight.zero_point.any()):
             return "its codes have zero points; quantise symmetrically, as Int8WeightOnlyConfig does"
-        return has_other_forward(module, nn.Linear)
+        return own_forward(module, nn.Linear)
 
     @property
     def dtype(self) -> torch.dtype:
