@@ -158,6 +158,14 @@ class PeftError(AdapterError, ValueError):
         super().__init__(f"{what}:{listing(self.problems)}")
 
 
+class GridError(AdapterError, ValueError):
+    """A grid of an ablation, its task or a cell of it that can't work. Nothing was run."""
+
+
+class RunsError(AdapterError, RuntimeError):
+    """A folder of runs that can't be used: another grid's, another driver's, unreadable, not writable, full."""
+
+
 class CommandError(AdapterError):
     """What was asked for on the command line can't be done."""
 

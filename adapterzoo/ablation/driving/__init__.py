@@ -1,0 +1,1 @@
+"""Driving: from a grid to its runs, done and kept."""

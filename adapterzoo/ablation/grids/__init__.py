@@ -1,0 +1,1 @@
+"""Grids: what is compared, read, checked and spread out into cells."""

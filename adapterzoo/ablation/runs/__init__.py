@@ -1,0 +1,1 @@
+"""Runs: their content, their directories, and the process that does one."""

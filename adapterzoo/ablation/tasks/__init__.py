@@ -1,0 +1,1 @@
+"""Tasks: what the cells of a grid are run on."""
