@@ -4,20 +4,18 @@ import heapq
 import itertools
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any, Protocol
 
+from adapterzoo.ablation.driving.orders import PREPARED, Job, Orders, Settings
 from adapterzoo.ablation.engines.engine import Ended, Engine, Order
-from adapterzoo.ablation.grids.planned import CellRecord, Metrics, Planned, Role, reports
-from adapterzoo.ablation.runs.identity import digest_of
+from adapterzoo.ablation.grids.planned import CellRecord, Metrics, Planned, reports
 from adapterzoo.ablation.runs.store import Store
-from adapterzoo.ablation.tasks.registry import task_class, whereabouts
 from adapterzoo.errors import RunsError
 
-OUTPUT, PREPARED = "output", "prepared"
 _PATIENCE = 1.0
+_LOOK_AHEAD = 4
 
 
 class Listener(Protocol):
@@ -41,23 +39,6 @@ class Listener(Protocol):
         """A run has ended."""
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How runs are done; nothing in here changes what they give.
-
-    Args:
-        device: "cpu" or "cuda".
-        threads: of each run.
-        trackers: as `--track` names them.
-        retry_failed: do runs again that have failed.
-    """
-
-    device: str = "cpu"
-    threads: int = 1
-    trackers: tuple[str, ...] = ()
-    retry_failed: bool = False
-
-
 @dataclass
 class Tally:
     """How a grid went: runs done and failed now, runs found, and cells that could not be run to their end."""
@@ -66,15 +47,6 @@ class Tally:
     failed: int = 0
     found: int = 0
     unfinished: list[str] = field(default_factory=list)
-
-
-@dataclass(order=True)
-class _Job:
-    """A run in its turn: searches first, then reports seed by seed, so that cells lack the same seeds if it stops."""
-
-    turn: tuple[int, ...]
-    planned: Planned = field(compare=False)
-    record: CellRecord = field(compare=False)
 
 
 class Driver:
@@ -101,11 +73,12 @@ class Driver:
         self.tally = tally
         self._records = list(records)
         self._store, self._engine, self._listener, self._settings = store, engine, listener, settings
+        self._orders = Orders(store.folder.resolve(), settings, elsewhere=engine.name != "inline")
         self._metrics: dict[str, Metrics | None] = {}
         self._trials_left: dict[str, int] = {}
-        self._ready: list[_Job] = []
-        self._unprepared: dict[str, list[_Job]] = {}
-        self._in_flight: dict[str, tuple[_Job | None, float]] = {}
+        self._ready: list[Job] = []
+        self._unprepared: dict[str, list[Job]] = {}
+        self._in_flight: dict[str, tuple[list[Job], float]] = {}
         self._order = itertools.count()
 
     def drive(self) -> Tally:
@@ -114,9 +87,9 @@ class Driver:
         Raises:
             RunsError: runs can't be kept any more: the disk is full, say.
         """
-        self._listener.expect(sum(len(r.trials()) + len(r.seeds) for r in self._records), 0)
         for record in self._records:
             self._plan_trials(record)
+        self._listener.expect(sum(len(r.trials()) + len(r.seeds) for r in self._records), self.tally.found)
         while self._ready or self._unprepared or self._in_flight:
             self._submit()
             for ended in self._engine.wait(_PATIENCE):
@@ -149,8 +122,8 @@ class Driver:
             self.tally.found += 1
             self._learn(planned, record, result)
             return
-        job = _Job((turn, next(self._order)), planned, record)
-        place = self._prepared(record)
+        job = Job((turn, next(self._order)), planned, record)
+        place = self._orders.prepared(record)
         if place.is_dir():
             heapq.heappush(self._ready, job)
         else:
@@ -168,25 +141,43 @@ class Driver:
         for name, jobs in self._unprepared.items():
             if f"prepare-{name}" not in self._in_flight:
                 self._listener.stage("preparing the task")
-                self._send(f"prepare-{name}", None, self._preparation(jobs[0].record))
+                self._send(self._orders.prepare(jobs[0].record), [])
         while self._ready and len(self._in_flight) < self._engine.capacity:
-            job = heapq.heappop(self._ready)
+            jobs = self._next()
             self._listener.stage("running")
-            self._listener.started(job.planned.run.id, _label(job.planned), job.planned.role)
-            self._send(job.planned.run.id, job, self._payload(job))
+            for job in jobs:
+                self._listener.started(job.planned.run.id, job.label, job.planned.role)
+            self._send(self._orders.run(jobs), jobs)
 
-    def _send(self, key: str, job: _Job | None, payload: dict[str, Any]) -> None:
-        self._in_flight[key] = (job, perf_counter())
-        self._engine.submit(Order(key, payload))
+    def _next(self) -> list[Job]:
+        """The next job, with others that may share its process."""
+        jobs = [heapq.heappop(self._ready)]
+        fellows, most, left = self._orders.fellows(jobs[0]), self._settings.pack, []
+        for _ in range(min(len(self._ready), _LOOK_AHEAD * most) if fellows is not None else 0):
+            job = heapq.heappop(self._ready)
+            (jobs if len(jobs) < most and self._orders.fellows(job) == fellows else left).append(job)
+        for job in left:
+            heapq.heappush(self._ready, job)
+        return jobs
+
+    def _send(self, order: Order, jobs: list[Job]) -> None:
+        self._in_flight[order.key] = (jobs, perf_counter())
+        self._engine.submit(order)
 
     def _take(self, ended: Ended) -> None:
-        job, start = self._in_flight.pop(ended.key)
-        if job is None:
+        jobs, start = self._in_flight.pop(ended.key)
+        if not jobs:
             self._take_preparation(ended)
-            return
-        result = self._store.result(ended.key) or self._crashed(job, ended, perf_counter() - start)
-        self._tell(job, result)
-        self._learn(job.planned, job.record, result)
+        for job in jobs:
+            result = self._store.result(job.planned.run.id)
+            if result is None and len(jobs) > 1:
+                # What ended a shared process was one of its runs; each gets one of its own, and shows which.
+                heapq.heappush(self._ready, replace(job, alone=True))
+                continue
+            result = result or self._crashed(job, ended, perf_counter() - start)
+            self._tell(job, result)
+            self._learn(job.planned, job.record, result)
+        self._drop_empty_output(ended.key)
 
     def _take_preparation(self, ended: Ended) -> None:
         name = ended.key.removeprefix("prepare-")
@@ -199,19 +190,19 @@ class Driver:
         cells = sorted({job.planned.cell for job in jobs})
         raise RunsError(
             f"the task of {', '.join(cells[:3])}{' and others' if len(cells) > 3 else ''} could not be prepared: "
-            f"{ended.problem or 'it left no files'} (its output: {self._store.folder / OUTPUT / ended.key}.txt)"
+            f"{ended.problem or 'it left no files'} (its output: {self._orders.output(ended.key)})"
         )
 
-    def _crashed(self, job: _Job, ended: Ended, seconds: float) -> dict[str, Any]:
+    def _crashed(self, job: Job, ended: Ended, seconds: float) -> dict[str, Any]:
         """Keep that a process ended without a record of its own."""
         self._store.check_writable()
         problem = ended.problem or "its process ended without a record; does it see the folder under the same path?"
         self._store.begin(job.planned.run).fail(problem, seconds)
-        result = self._store.result(ended.key)
+        result = self._store.result(job.planned.run.id)
         assert result is not None
         return result
 
-    def _tell(self, job: _Job, result: Mapping[str, Any]) -> None:
+    def _tell(self, job: Job, result: Mapping[str, Any]) -> None:
         planned, done = job.planned, result["status"] == "done"
         self.tally.done += done
         self.tally.failed += not done
@@ -219,53 +210,10 @@ class Driver:
         problem = None if done else f"{error['type']}: {error['message']}".removeprefix(": ")
         metric = result["metrics"].get(f"validation/{job.record.metric}")
         status = result["status"]
-        self._listener.ended(planned.run.id, _label(planned), planned.role, status, metric, result["seconds"], problem)
+        self._listener.ended(planned.run.id, job.label, planned.role, status, metric, result["seconds"], problem)
+
+    def _drop_empty_output(self, key: str) -> None:
         with suppress(OSError):
-            output = self._output(planned.run.id)
+            output = self._orders.output(key)
             if output.stat().st_size == 0:
                 output.unlink()
-
-    def _prepared(self, record: CellRecord) -> Path:
-        """Where the files of a cell's task stand: of options that no run changes, its data and its code."""
-        unread = task_class(record.task["name"]).unprepared
-        content = {name: value for name, value in record.task.items() if name not in unread}
-        return self._store.folder / PREPARED / digest_of([content, record.data, record.code])
-
-    def _preparation(self, record: CellRecord) -> dict[str, Any]:
-        place = self._prepared(record)
-        return {
-            "what": "prepare",
-            "task": record.task,
-            "where": self._where(record),
-            "into": str(place),
-            "threads": self._settings.threads,
-            "output": str(self._output(f"prepare-{place.name}")),
-        }
-
-    def _payload(self, job: _Job) -> dict[str, Any]:
-        prepared, where = str(self._prepared(job.record)), self._where(job.record)
-        return {
-            "what": "run", "folder": str(self._store.folder), "run": job.planned.run.model_dump(), "where": where,
-            "prepared": prepared, "device": self._settings.device, "threads": self._settings.threads,
-            "trackers": list(self._settings.trackers), "label": _label(job.planned),
-            "output": str(self._output(job.planned.run.id)),
-            "warm": {"task": job.record.task, "where": where, "prepared": prepared, "threads": self._settings.threads},
-        }  # fmt: skip
-
-    def _where(self, record: CellRecord) -> dict[str, str]:
-        """Where other processes find the task; in this one it is known already."""
-        return {} if self._engine.name == "inline" else whereabouts(task_class(record.task["name"]))
-
-    def _output(self, key: str) -> Path:
-        folder = self._store.folder / OUTPUT
-        folder.mkdir(exist_ok=True)
-        return folder / f"{key}.txt"
-
-
-def _label(planned: Planned) -> str:
-    point = ", ".join(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in
-                      planned.point.items())  # fmt: skip
-    return f"{planned.cell}, {point + ', ' if point else ''}seed {planned.seed}"
-
-
-ROLES: tuple[Role, ...] = ("tune", "report")

@@ -4,13 +4,15 @@ import os
 import secrets
 import shutil
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, Self
 
 import torch
 
+from adapterzoo.ablation.packing.pack import pack
 from adapterzoo.ablation.runs.environment import environment
 from adapterzoo.ablation.runs.identity import RunSpec, code_version
 from adapterzoo.ablation.runs.store import Attempt, Store
@@ -28,14 +30,14 @@ def perform(payload: Mapping[str, Any]) -> None:
     """Do what a payload says: prepare a task, or do a run.
 
     Args:
-        payload: {"what": "prepare", "task", "into"} or {"what": "run", "folder", "run", "prepared", "device",
-            "threads", "trackers", "label"}.
+        payload: {"what": "prepare", "task", "into"} or {"what": "run", "folder", "runs", "labels", "prepared",
+            "device", "threads", "trackers", "where"}.
     """
     _settle(payload)
     if payload["what"] == "prepare":
         prepare(make_task(payload["task"]), Path(payload["into"]))
     else:
-        do_run(payload)
+        do_runs(payload)
 
 
 def warm(payload: Mapping[str, Any]) -> None:
@@ -64,24 +66,50 @@ def prepare(task: Task, into: Path) -> None:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def do_run(payload: Mapping[str, Any]) -> None:
-    """Do a run and keep what it gave, or why it failed.
+def do_runs(payload: Mapping[str, Any]) -> None:
+    """Do runs, side by side if there are several, and keep what each gave, or why it failed.
 
     Raises:
-        OSError: the record can't be written.
+        OSError: a record can't be written.
     """
-    spec = RunSpec.model_validate(payload["run"])
-    attempt = Store(Path(payload["folder"])).begin(spec)
-    start = perf_counter()
-    tracking = Tracking(payload.get("trackers", ()), payload.get("label", spec.id), spec.model_dump())
-    try:
-        outcome = _outcome(spec, payload, attempt, tracking)
-    except Exception as error:
-        tracking.finish("failed", {})
-        attempt.fail(error, perf_counter() - start)
-        return
-    tracking.finish("done", outcome.metrics)
-    attempt.finish(outcome, perf_counter() - start)
+    store = Store(Path(payload["folder"]))
+    going = [
+        Going.begin(store, RunSpec.model_validate(run), payload, label)
+        for run, label in zip(payload["runs"], payload["labels"], strict=True)
+    ]
+    for run, outcome in zip(going, _outcomes(going, payload), strict=True):
+        run.end(outcome)
+
+
+@dataclass(frozen=True, eq=False)
+class Going:
+    """A run that is going on: where it is kept, and who is told of it."""
+
+    spec: RunSpec
+    attempt: Attempt
+    tracking: Tracking
+    start: float
+
+    @classmethod
+    def begin(cls, store: Store, spec: RunSpec, payload: Mapping[str, Any], label: str) -> Self:
+        """Begin to keep a run."""
+        tracking = Tracking(payload.get("trackers", ()), label, spec.model_dump())
+        return cls(spec, store.begin(spec), tracking, perf_counter())
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Keep metrics, and pass them on."""
+        self.attempt.log(step, metrics)
+        self.tracking.log(step, metrics)
+
+    def end(self, outcome: Outcome | Exception) -> None:
+        """Keep how it ended."""
+        seconds = perf_counter() - self.start
+        if isinstance(outcome, Exception):
+            self.tracking.finish("failed", {})
+            self.attempt.fail(outcome, seconds)
+        else:
+            self.tracking.finish("done", outcome.metrics)
+            self.attempt.finish(outcome, seconds)
 
 
 def shared_of(task: Task, prepared: Path) -> Any:
@@ -95,19 +123,24 @@ def shared_of(task: Task, prepared: Path) -> Any:
     return _SHARED[key]
 
 
-def _outcome(spec: RunSpec, payload: Mapping[str, Any], attempt: Attempt, tracking: Tracking) -> Outcome:
-    task = spec.make_task()
-    _check_code(task, spec)
-    device = torch.device(payload.get("device", "cpu"))
-    attempt.environment({**environment(task, device), "process": os.getpid()})
+def _outcomes(going: Sequence[Going], payload: Mapping[str, Any]) -> Sequence[Outcome | Exception]:
+    """What each run gave, or why it failed; never an exception of its own."""
+    try:
+        tasks = [run.spec.make_task() for run in going]
+        device = torch.device(payload.get("device", "cpu"))
+        for run, task in zip(going, tasks, strict=True):
+            _check_code(task, run.spec)
+            run.attempt.environment({**environment(task, device), "process": os.getpid()})
+        shared = shared_of(tasks[0], Path(payload["prepared"]))
+        runs = [_told(run, shared, device) for run in going]
+        return [tasks[0].run(runs[0])] if len(runs) == 1 else pack(tasks, runs)
+    except Exception as error:  # whatever a task raises is that run's end, and is kept with its traceback
+        return [error] * len(going)
 
-    def log(step: int, metrics: Mapping[str, float]) -> None:
-        attempt.log(step, metrics)
-        tracking.log(step, metrics)
 
-    composition = None if spec.spec is None else parse(spec.spec)
-    shared = shared_of(task, Path(payload["prepared"]))
-    return task.run(Run(composition, spec.seed, shared, device, spec.test, log))
+def _told(run: Going, shared: Any, device: torch.device) -> Run:
+    composition = None if run.spec.spec is None else parse(run.spec.spec)
+    return Run(composition, run.spec.seed, shared, device, run.spec.test, run.log)
 
 
 def _check_code(task: Task, spec: RunSpec) -> None:
