@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from adapterzoo.errors import did_you_mean
 
 if TYPE_CHECKING:
-    from adapterzoo.ablation.driving.driver import Settings as Settings
+    from adapterzoo.ablation.driving.orders import Settings as Settings
     from adapterzoo.ablation.driving.grid import Grid as Grid
     from adapterzoo.ablation.reports.results import Results as Results
     from adapterzoo.ablation.reports.results import read as read
@@ -29,7 +29,7 @@ _LATER = {
     "Results": "adapterzoo.ablation.reports.results",
     "Run": "adapterzoo.ablation.tasks.records",
     "Scores": "adapterzoo.ablation.tasks.records",
-    "Settings": "adapterzoo.ablation.driving.driver",
+    "Settings": "adapterzoo.ablation.driving.orders",
     "Task": "adapterzoo.ablation.tasks.task",
     "columns": "adapterzoo.ablation.tasks.records",
     "read": "adapterzoo.ablation.reports.results",
