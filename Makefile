@@ -7,7 +7,7 @@ THREADS ?= 2
 BENCH ?=
 QUICK ?=
 
-.PHONY: help setup test test-long check format demo figures bench study clean
+.PHONY: help setup test test-long check format demo figures bench study study-wrappers clean
 
 help:
 	@echo "make demo       a small real ablation: 17 cells on scikit-learn's digits, about 3 minutes"
@@ -17,6 +17,7 @@ help:
 	@echo "make figures    the pictures of docs/, and what quantised kernels round"
 	@echo "make bench      speed and memory against PEFT, about 25 minutes; QUICK=1: 3; BENCH=linear_step: one claim"
 	@echo "make study      AdaLoRA's ranks on MiniLM, about an hour; goes on where it was stopped"
+	@echo "make study-wrappers  wrappers x generators on MiniLM, about an hour; goes on where it was stopped"
 
 setup: $(VENV)/.ready
 
@@ -42,7 +43,8 @@ format: $(VENV)/.ready
 	$(BIN)/ruff check --fix .
 
 demo: $(VENV)/.ready
-	$(BIN)/python -m adapterzoo.ablation.demo
+	$(BIN)/python -m adapterzoo ablate recipe:demo --workers 2
+	$(BIN)/python -m adapterzoo report runs/demo
 
 figures: $(VENV)/.ready
 	$(BIN)/python docs/figures/map_start.py
@@ -53,6 +55,11 @@ bench: $(VENV)/.bench
 
 study: $(VENV)/.ready
 	$(BIN)/python -m studies ranks
+
+study-wrappers: $(VENV)/.ready
+	$(BIN)/python -m adapterzoo ablate studies/wrappers.yaml --workers 2
+	$(BIN)/python -m adapterzoo report runs/wrappers --out docs/studies/wrappers
+	$(BIN)/python -m studies.wrappers
 
 # The peers, PEFT and Transformers, beside what the tests need.
 $(VENV)/.bench: $(VENV)/.ready

@@ -1,6 +1,7 @@
 """The command line: `adapterzoo COMMAND`. Every command stands in the room that it belongs to.
 
-A command is a function that adds its own parser, with a `run` that takes the options and gives the text to print.
+A command is a function that adds its own parser, with a `run` that takes the options and gives the text to print, or
+the exit code if it has printed what there is to say.
 """
 
 import argparse
@@ -10,10 +11,11 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from adapterzoo.ablation.command import add_ablate, add_report
 from adapterzoo.analysis.command import add_count
 from adapterzoo.errors import AdapterError, CommandError, did_you_mean
 
-COMMANDS: tuple[Callable[[Any], None], ...] = (add_count,)
+COMMANDS: tuple[Callable[[Any], None], ...] = (add_count, add_ablate, add_report)
 """What adds each command."""
 
 _MISUSE = 2
@@ -28,14 +30,17 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command, print what it gives, and return the exit code: 0, or 2 with a sentence on stderr.
+    """Run a command, print what it gives, and return the exit code: the command's, 0, or 2 with a sentence on stderr.
 
     Args:
         arguments: what follows the program's name; the process's own if None.
     """
     try:
         options = _options(list(sys.argv[1:] if arguments is None else arguments))
-        print(options.run(options), flush=True)
+        given = options.run(options)
+        if isinstance(given, int):
+            return given
+        print(given, flush=True)
     except AdapterError as error:
         print(f"adapterzoo: {error}", file=sys.stderr)
         return _MISUSE

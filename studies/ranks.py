@@ -11,12 +11,11 @@ from typing import Any
 import torch
 
 from adapterzoo.ablation.docstrings import fingerprint, split, standard_library
-from adapterzoo.ablation.schedule import pool
 from benchmarks.machine import describe
 from benchmarks.options import Options
 from studies.arms import ARMS, Arm, Settings
 from studies.lab import real_lab, score
-from studies.schedule import run_study
+from studies.schedule import pool, run_study
 from studies.store import Store, write
 
 SENTENCE = "Does this docstring describe this function? Fixed against allocated ranks, bare and under MAP and DoRA."

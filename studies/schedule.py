@@ -1,10 +1,14 @@
 """All the runs of a study on worker processes: what is done already is skipped, what is done now is kept and told."""
 
+import signal
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, Future, as_completed
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from time import perf_counter
 from typing import Any
+
+import torch
 
 from studies.arms import Arm, Job, Settings, report_jobs, tuning_jobs
 from studies.lab import real_lab
@@ -13,6 +17,11 @@ from studies.trial import run
 
 Outcome = dict[str, Any]
 Work = Callable[[Job, Settings], Outcome]
+
+
+def pool(workers: int) -> ProcessPoolExecutor:
+    """Worker processes of one thread each."""
+    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_start_worker)
 
 
 def work(job: Job, settings: Settings) -> Outcome:
@@ -106,3 +115,8 @@ def best_rates(tuned: Sequence[Outcome]) -> dict[str, float]:
 
 def _found(outcome: Outcome) -> str:
     return f"accuracy {100 * outcome['accuracy']:.1f} %, MRR {outcome['mrr']:.3f}, {outcome['run_seconds']:.0f} s"
+
+
+def _start_worker() -> None:
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the parent's to handle

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from adapterzoo.ablation.summary import t_interval
+from adapterzoo.ablation.reports import statistics
 
 Run = Mapping[str, Any]
 Numbers = NDArray[np.float64]
@@ -36,6 +36,15 @@ class Difference:
     mrr: Interval
     accuracy_sampling: float
     mrr_sampling: float
+
+
+def t_interval(values: Iterable[float]) -> Interval:
+    """Mean and half-width of Student's 95 % t interval; below two values it has no width."""
+    sample = list(values)
+    if len(sample) < 2:
+        return (sample[0] if sample else math.nan), math.nan
+    found = statistics.t_interval(sample)
+    return found.mean, found.high - found.mean
 
 
 def reported(result: Mapping[str, Any], arm: str) -> dict[int, Run]:

@@ -269,3 +269,10 @@ def test_runs_of_a_shared_process_that_died_are_done_again_each_in_its_own(tmp_p
     store = Store(tmp_path)
     [failed] = [run for run in store.ended() if store.status(run) == "failed"]
     assert store.result(failed)["error"]["message"] == "killed by signal 11 (SIGSEGV)"
+
+
+def test_a_worker_with_other_code_stops_the_driver_and_spoils_no_run(tmp_path):
+    engine = Scripted(script=lambda run: Ended("", "RunsError: this worker has other code: torch 1.0"))
+    with pytest.raises(RunsError, match=r"this worker has other code: torch 1\.0"):
+        drive(tmp_path, engine)
+    assert list(Store(tmp_path).ended()) == []

@@ -1,30 +1,23 @@
-"""`adapterzoo ablate`: a grid from the shell."""
+"""`adapterzoo ablate` and `adapterzoo report`: their options. What they do is imported when they are called.
+
+A shell that asks for `adapterzoo count` needs none of what they need, and may not have it.
+"""
 
 import argparse
-import sys
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import yaml
+from adapterzoo.ablation.recipes import recipe_names
+from adapterzoo.errors import MissingPackageError
 
-from adapterzoo.ablation.driving.driver import Tally
-from adapterzoo.ablation.driving.grid import RUNS, Grid
-from adapterzoo.ablation.driving.live import Display
-from adapterzoo.ablation.driving.orders import Settings
-from adapterzoo.ablation.driving.session import Plan, carry_out, plan
-from adapterzoo.ablation.engines.making import ENGINES, make_engine
-from adapterzoo.ablation.recipes import recipe_names, recipe_path
-from adapterzoo.ablation.reports.results import read
-from adapterzoo.ablation.reports.tables import terminal
-from adapterzoo.ablation.trackers.tracker import check_trackers
-from adapterzoo.errors import CommandError, count, listing
-
-_RECIPE = "recipe:"
-_STOPPED, _FAILED = 130, 1
+ENGINES = ("local", "ray", "slurm", "inline")
+FORMATS = ("html", "csv", "parquet", "latex", "json", "png", "svg")
 
 
 def add_ablate(commands: Any) -> None:
-    """Add the command to those of a parser.
+    """Add `ablate` to the commands of a parser.
 
     Args:
         commands: what `ArgumentParser.add_subparsers` gave.
@@ -36,7 +29,7 @@ def add_ablate(commands: Any) -> None:
         epilog=f"recipes: {', '.join(recipe_names())} (adapterzoo ablate recipe:NAME)",
         allow_abbrev=False,
     )
-    parser.set_defaults(run=run_ablate)
+    parser.set_defaults(run=_later("adapterzoo.ablation.driving.ablate"))
     parser.add_argument("grid", metavar="GRID", help="a YAML file, or recipe:NAME")
     parser.add_argument("--runs", metavar="DIR", type=Path, help="folder of the runs (runs/NAME)")
     parser.add_argument("--check", action="store_true", help="check the grid and say what it will cost; run nothing")
@@ -49,78 +42,47 @@ def add_ablate(commands: Any) -> None:
     parser.add_argument("--threads", metavar="N", type=int, default=1, help="of each run (1)")
     parser.add_argument("--pack", metavar="N", type=int, default=1, help="runs that share a process, at most (1)")
     parser.add_argument("--retry-failed", action="store_true", help="do runs again that have failed")
-    parser.add_argument("--track", metavar="NAME", action="append", default=[], help="tensorboard, wandb, mlflow")
+    parser.add_argument(
+        "--track", metavar="NAME", action="append", default=[], help="tensorboard, wandb or mlflow; repeated"
+    )
 
 
-def run_ablate(options: argparse.Namespace) -> str | int:
-    """Do what the options ask for: the text to print, or an exit code.
+def add_report(commands: Any) -> None:
+    """Add `report` to the commands of a parser.
+
+    Args:
+        commands: what `ArgumentParser.add_subparsers` gave.
+    """
+    parser = commands.add_parser(
+        "report",
+        help="what a folder of runs shows: tables, statistics, pictures and one HTML page",
+        description="Print the tables of a folder of runs, and write them, the pictures and the page to files.",
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=_later("adapterzoo.ablation.reports.command"))
+    parser.add_argument("runs", metavar="RUNS", type=Path, help="a folder that `adapterzoo ablate` made")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="where the files go (RUNS/report)")
+    parser.add_argument(
+        "--format", metavar="NAMES", default=",".join(FORMATS), help=f"with commas: {', '.join(FORMATS)} (all)"
+    )
+
+
+def _later(module: str) -> Callable[[argparse.Namespace], Any]:
+    """The function `run` of a module, imported when it is called.
 
     Raises:
-        AdapterError: a grid that can't work, options that can't be read, a folder that can't be used.
+        MissingPackageError: the module needs a package that is not installed.
     """
-    grid = read_grid_or_recipe(options.grid)
-    checked = plan(grid)
-    if options.check:
-        return "\n".join([checked.cost(), *checked.warnings(), *_sizes(checked)])
-    check_trackers(options.track)
-    settings = Settings(options.device, options.threads, tuple(options.track), options.retry_failed, options.pack)
-    folder = options.runs or RUNS / grid.name
-    engine = make_engine(options.engine, _engine_options(options))
-    tally = Tally()
-    try:
-        with Display(slots=engine.capacity) as display:
-            display.note("\n".join([checked.cost(), *checked.warnings()]))
-            carry_out(checked, folder, engine, display, settings, tally)
-    except KeyboardInterrupt:
-        print(f"stopped after {count(tally.done, 'run')}; the same command goes on from there", file=sys.stderr)
-        return _STOPPED
-    terminal(read(folder))
-    print(_closing(folder, tally), flush=True)
-    return _FAILED if tally.failed or tally.unfinished else 0
 
+    def run(options: argparse.Namespace) -> Any:
+        try:
+            found = import_module(module)
+        except ModuleNotFoundError as error:
+            if (error.name or "").startswith("adapterzoo"):
+                raise
+            raise MissingPackageError(
+                f'this command needs the package {error.name!r}: pip install "adapterzoo[ablation]"'
+            ) from error
+        return found.run(options)
 
-def read_grid_or_recipe(text: str) -> Grid:
-    """A grid from a file, or a recipe of this package by its name.
-
-    Raises:
-        GridError: no such file or recipe, or one that can't be read.
-    """
-    if text.startswith(_RECIPE):
-        return Grid.read(recipe_path(text.removeprefix(_RECIPE)))
-    return Grid.read(text)
-
-
-def _engine_options(options: argparse.Namespace) -> dict[str, Any]:
-    """`--workers` and every `--set`, whose values are read as YAML reads them."""
-    found: dict[str, Any] = {} if options.workers is None else {"workers": options.workers}
-    problems = []
-    for entry in options.set:
-        name, equals, value = entry.partition("=")
-        if not (name and equals):
-            problems.append(f"--set {entry!r} is not KEY=VALUE")
-        elif name in found:
-            problems.append(f"--set gives {name!r} twice")
-        else:
-            found[name] = yaml.safe_load(value)
-    if problems:
-        raise CommandError(f"these options can't be read:{listing(problems)}")
-    return found
-
-
-def _sizes(checked: Plan) -> list[str]:
-    width = max(len(record.cell) for record in checked.records)
-    return [
-        f"  {record.cell:{width}}  {record.size['adapters']:>12,} + {record.size['rest']:,} parameters, "
-        f"{count(record.size['layers'], 'layer')}"
-        for record in checked.records
-    ]
-
-
-def _closing(folder: Path, tally: Tally) -> str:
-    found = f", {tally.found:,} found done" if tally.found else ""
-    lines = [
-        f"{count(tally.done, 'run')} done{found}, {tally.failed:,} failed. `adapterzoo report {folder}` writes a page"
-    ]
-    if tally.failed:
-        lines.append("failed runs stand in the report; --retry-failed does them again")
-    return "\n".join(lines + tally.unfinished)
+    return run

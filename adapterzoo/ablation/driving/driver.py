@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from adapterzoo.ablation.driving.orders import PREPARED, Job, Orders, Settings
 from adapterzoo.ablation.engines.engine import Ended, Engine, Order
 from adapterzoo.ablation.grids.planned import CellRecord, Metrics, Planned, reports
+from adapterzoo.ablation.runs.identity import OTHER_CODE
 from adapterzoo.ablation.runs.store import Store
 from adapterzoo.errors import RunsError
 
@@ -152,7 +153,8 @@ class Driver:
     def _next(self) -> list[Job]:
         """The next job, with others that may share its process."""
         jobs = [heapq.heappop(self._ready)]
-        fellows, most, left = self._orders.fellows(jobs[0]), self._settings.pack, []
+        fellows, most = self._orders.fellows(jobs[0]), self._settings.pack
+        left: list[Job] = []
         for _ in range(min(len(self._ready), _LOOK_AHEAD * most) if fellows is not None else 0):
             job = heapq.heappop(self._ready)
             (jobs if len(jobs) < most and self._orders.fellows(job) == fellows else left).append(job)
@@ -196,6 +198,8 @@ class Driver:
     def _crashed(self, job: Job, ended: Ended, seconds: float) -> dict[str, Any]:
         """Keep that a process ended without a record of its own."""
         self._store.check_writable()
+        if ended.problem is not None and OTHER_CODE in ended.problem:
+            raise RunsError(ended.problem[ended.problem.index(OTHER_CODE) :])
         problem = ended.problem or "its process ended without a record; does it see the folder under the same path?"
         self._store.begin(job.planned.run).fail(problem, seconds)
         result = self._store.result(job.planned.run.id)

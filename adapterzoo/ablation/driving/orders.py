@@ -5,11 +5,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from adapterzoo.ablation.engines.engine import Order
 from adapterzoo.ablation.grids.planned import CellRecord, Planned
 from adapterzoo.ablation.packing.pack import OF_THE_OPTIMISER
 from adapterzoo.ablation.runs.identity import digest_of
 from adapterzoo.ablation.tasks.registry import task_class, whereabouts
+from adapterzoo.errors import GridError
 
 OUTPUT, PREPARED = "output", "prepared"
 
@@ -24,6 +27,9 @@ class Settings:
         trackers: as `--track` names them.
         retry_failed: do runs again that have failed.
         pack: how many runs at most share a process, where they can; 1 gives each its own.
+
+    Raises:
+        GridError: fewer than one thread or run, or a device that is none.
     """
 
     device: str = "cpu"
@@ -31,6 +37,15 @@ class Settings:
     trackers: tuple[str, ...] = ()
     retry_failed: bool = False
     pack: int = 1
+
+    def __post_init__(self) -> None:
+        few = [name for name in ("threads", "pack") if getattr(self, name) < 1]
+        if few:
+            raise GridError(", ".join(f"--{name} {getattr(self, name)}" for name in few) + ": at least 1 is needed")
+        try:
+            torch.device(self.device)
+        except RuntimeError:
+            raise GridError(f"--device {self.device!r} is no device; take cpu or cuda") from None
 
 
 @dataclass(order=True)

@@ -14,8 +14,8 @@ Answer = Callable[[Sequence[Call]], Sequence[Any]]
 
 
 # Note [A loss is begun anew for every call]
-# A task's loss is a function that calls the model, once or several times. To answer the calls of all runs together, each
-# loss is run up to its next call, left by an exception, and begun anew when the answer is there. What a loss does
+# A task's loss is a function that calls the model, once or several times. To answer the calls of all runs together,
+# each loss is run up to its next call, left by an exception, and begun anew when the answer is there. What a loss does
 # before its last call is thus done again: it should be little, and draw nothing.
 class _Asked(BaseException):
     """A loss has come to a call that has no answer yet. Not an Exception: a loss may catch those."""

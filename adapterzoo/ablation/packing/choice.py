@@ -1,10 +1,11 @@
 """Which way packed runs are computed, measured on their own first steps."""
 
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from enum import Enum
 from statistics import median
-from typing import Literal
+from typing import Any, Literal
 
 Wish = Literal["auto", "packed", "apart"]
 APART_FIRST = 2  # steps at the start that are taken apart: what a step keeps in memory is counted in the second
@@ -32,16 +33,18 @@ class Choice:
             itself) or "apart" (each run by itself, in turns).
         why: a sentence.
         ms: median milliseconds of forward and backward of all runs in a step, by way; of the ways that were timed.
+        refused: why ways could not be taken, by way.
     """
 
     runs: int
     way: str
     why: str
-    ms: dict[str, float]
+    ms: Mapping[str, float] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
 
-    def record(self) -> dict[str, object]:
+    def record(self) -> dict[str, Any]:
         """Ready for JSON."""
-        return {"runs": self.runs, "way": self.way, "why": self.why, "ms": self.ms}
+        return asdict(self)
 
 
 class Chooser:
@@ -58,6 +61,7 @@ class Chooser:
         self._wish = wish
         self._seconds: dict[Way, list[float]] = defaultdict(list)
         self._refused: dict[Way, str] = {}
+        self._refused_at: dict[Way, int] = {}
         self._steps = 0
         self._settled = Way.APART if wish == "apart" else None
 
@@ -89,25 +93,29 @@ class Chooser:
     def refuse(self, way: Way, why: str) -> None:
         """A way can't be taken, for good."""
         self._refused[way] = why
+        self._refused_at[way] = self._steps
+
+    def allow_again(self) -> None:
+        """What was refused in this step was no fault of the way."""
+        for way in [way for way, step in self._refused_at.items() if step == self._steps]:
+            del self._refused[way], self._refused_at[way]
 
     def choice(self, runs: int) -> Choice:
         """What stands now."""
-        packed = self._packed
         ms = {way.value: 1000 * median(times) for way, times in self._seconds.items() if times}
-        way = Way.APART if packed is None else self._settled or packed
-        return Choice(runs, way.value, self._why(way), ms)
+        refused = {way.value: why for way, why in self._refused.items()}
+        way = Way.APART if self._packed is None else self._settled or self._packed
+        return Choice(runs, way.value, self._why(ms), ms, refused)
 
     @property
     def _packed(self) -> Way | None:
         return next((way for way in PACKED if way not in self._refused), None)
 
-    def _why(self, way: Way) -> str:
-        if self._wish == "apart":
-            return "asked for"
+    def _why(self, ms: Mapping[str, float]) -> str:
         if self._packed is None:
             return f"runs can't be packed: {self._refused[Way.SLICED]}"
-        if self._wish == "packed":
+        if self._wish != "auto":
             return "asked for"
         if self._settled is None:
             return "too few steps to measure"
-        return f"the faster of {', '.join(f'{w.value} {1000 * median(t):.3g} ms' for w, t in self._seconds.items() if t)}"
+        return f"the faster of {', '.join(f'{way} {time:.3g} ms' for way, time in ms.items())}"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from adapterzoo.ablation.packing.calls import Call
 from adapterzoo.ablation.packing.sharing import own_places
 from adapterzoo.ablation.packing.stacked import StackedLayer
-from adapterzoo.ablation.packing.trees import batch_of, cropped, joined, parted, shapes
+from adapterzoo.ablation.packing.trees import cropped, joined, parted, shapes
 from adapterzoo.layer import AdaptedLinear
 
 
@@ -24,6 +24,8 @@ class _Part(NamedTuple):
 
 class _Side(nn.Module):
     """Modules of several runs in one place: each is given its own runs' part of the batch."""
+
+    parts: list[_Part]
 
     def __init__(self, parts: Sequence[_Part]) -> None:
         super().__init__()
@@ -52,7 +54,7 @@ class Host:
     def __init__(self, models: Sequence[nn.Module], stacked: bool = True) -> None:
         self.runs = len(models)
         self.filled = False
-        """Whether calls were filled up with zeros to be of one shape, since someone last said that they were not."""
+        """Whether calls were ever filled up with zeros to be of one shape."""
         self.stacks: list[StackedLayer] = []
         self._made: dict[tuple[int, ...], nn.Module] = {}
         places = own_places(models)
@@ -68,7 +70,7 @@ class Host:
         joint = joined(calls, fill=True)
         self.filled = self.filled or any(shapes(call) != shapes(calls[0]) for call in calls)
         args, kwargs = joint
-        outputs = parted(self.model(*args, **kwargs), [1] * self.runs, self.runs * batch_of(calls[0]))
+        outputs = parted(self.model(*args, **kwargs), [1] * self.runs)
         return [cropped(output, call, joint) for output, call in zip(outputs, calls, strict=True)]
 
     def hand_out(self) -> None:

@@ -2,10 +2,9 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from math import isfinite
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adapterzoo.ablation.packing.trees import UnpackableError
 
@@ -14,7 +13,7 @@ TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5}
 _NARROW = 2e-2  # of losses in 16 bits
 _SMALL = 1e-2  # a parameter whose gradient is below this share of the run's may be off by its share of that
 
-Gradients = list[Tensor | None]
+Gradients = Sequence[Tensor | None]
 
 
 def check_loss(packed: float, apart: float, dtype: torch.dtype) -> None:
@@ -23,8 +22,6 @@ def check_loss(packed: float, apart: float, dtype: torch.dtype) -> None:
     Raises:
         UnpackableError: it differs by more than the tolerance.
     """
-    if not isfinite(packed) and not isfinite(apart):
-        return  # the run fails by itself
     off, allowed = abs(packed - apart), TOLERANCES.get(dtype, _NARROW) * max(1.0, abs(apart))
     if not off <= allowed:
         raise UnpackableError(
@@ -71,9 +68,31 @@ def drawing_nothing(device: torch.device) -> Iterator[None]:
         raise UnpackableError("its forward draws random numbers, such as dropout's, which each run has of its own")
 
 
+@contextmanager
+def changing_nothing(models: Sequence[nn.Module]) -> Iterator[None]:
+    """Leave the buffers of models as they were: several runs would share one, and a proof would change it twice.
+
+    Raises:
+        UnpackableError: what runs inside has changed one, as norms over a batch do.
+    """
+    before = [(name, buffer, buffer.clone()) for model in models for name, buffer in model.named_buffers()]
+    changed = ""
+    try:
+        yield
+    finally:
+        for name, buffer, value in before:
+            if not torch.equal(buffer, value):
+                changed = changed or name
+                buffer.copy_(value)
+    if changed:
+        raise UnpackableError(f"its forward changes {changed}, which each run has of its own")
+
+
 def _states(device: torch.device) -> Sequence[Tensor]:
     return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
 
 
 def _norm(grad: Tensor | None) -> Tensor:
-    return torch.zeros((), dtype=torch.float64) if grad is None else torch.linalg.vector_norm(grad.detach()).double().cpu()
+    return (
+        torch.zeros((), dtype=torch.float64) if grad is None else torch.linalg.vector_norm(grad.detach()).double().cpu()
+    )

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from adapterzoo.ablation.packing.trees import UnpackableError
 from adapterzoo.adapter import Adapter
-from adapterzoo.layer import AdaptedLinear, adapted_layers
+from adapterzoo.layer import AdaptedLinear
 
 
 def share(first: nn.Module, other: nn.Module) -> int:
@@ -24,9 +24,7 @@ def share(first: nn.Module, other: nn.Module) -> int:
         twin = own.get(name)
         if twin is not None and id(value) not in inside and _is_same(twin, value) and not _is_one(twin, value):
             freed += value.untyped_storage().nbytes()
-            value.data = twin.data
-    for layer in adapted_layers(other).values():
-        layer.refresh()  # norms are kept for a place in memory
+            value.data = twin.data  # what layers keep of it sees that its place has changed
     return freed
 
 
@@ -50,7 +48,9 @@ def _walk(name: str, modules: Sequence[nn.Module]) -> Iterator[str]:
         return
     children = [dict(module.named_children()) for module in modules]
     if any(list(each) != list(children[0]) for each in children):
-        raise UnpackableError(f"the models of different runs have different parts in {name or 'their outermost module'}")
+        raise UnpackableError(
+            f"the models of different runs have different parts in {name or 'their outermost module'}"
+        )
     for part in children[0]:
         yield from _walk(f"{name}.{part}" if name else part, [each[part] for each in children])
 
@@ -58,7 +58,10 @@ def _walk(name: str, modules: Sequence[nn.Module]) -> Iterator[str]:
 def _differ(modules: Sequence[nn.Module]) -> bool:
     """Whether something that the modules hold themselves trains, or is not the same in all of them."""
     first, tables = modules[0], [{**module._parameters, **module._buffers} for module in modules]
-    if any(type(module) is not type(first) or set(table) != set(tables[0]) for module, table in zip(modules, tables, strict=True)):
+    if any(
+        type(module) is not type(first) or set(table) != set(tables[0])
+        for module, table in zip(modules, tables, strict=True)
+    ):
         return True
     return any(not _is_common([table[name] for table in tables]) for name in tables[0])
 

@@ -138,6 +138,9 @@ class StackedLayer(nn.Module):
         layers: one a run.
     """
 
+    layers: list[AdaptedLinear]
+    _factors: _Factors
+
     def __init__(self, layers: Sequence[AdaptedLinear]) -> None:
         super().__init__()
         first = layers[0]

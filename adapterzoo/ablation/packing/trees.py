@@ -32,22 +32,23 @@ def joined(trees: Sequence[Any], fill: bool = False) -> Any:
     flat = [tree_flatten(tree) for tree in trees]
     if any(build != flat[0][1] for _, build in flat):
         raise UnpackableError("the model is called in different ways by different runs")
-    return tree_unflatten([_join(leaves, fill) for leaves in zip(*(leaves for leaves, _ in flat), strict=True)], flat[0][1])
+    return tree_unflatten(
+        [_join(leaves, fill) for leaves in zip(*(leaves for leaves, _ in flat), strict=True)], flat[0][1]
+    )
 
 
-def parted(tree: Any, shares: Sequence[int], total: int | None = None) -> list[Any]:
+def parted(tree: Any, shares: Sequence[int]) -> list[Any]:
     """The tree cut along the first axis of its tensors.
 
     Args:
         tree: what to cut.
         shares: of every part, such as [2, 1]: the first part is twice as long as the second.
-        total: the length that every first axis must have; any that can be divided if not given.
 
     Raises:
         UnpackableError: a tensor has no such axis.
     """
     leaves, build = tree_flatten(tree)
-    cut = [_cut(leaf, shares, total) for leaf in leaves]
+    cut = [_cut(leaf, shares) for leaf in leaves]
     return [tree_unflatten([pieces[part] for pieces in cut], build) for part in range(len(shares))]
 
 
@@ -71,18 +72,6 @@ def cropped(output: Any, call: Any, joint: Any) -> Any:
         if axis > 0 and own != whole
     }
     return tree_map(lambda leaf: _crop(leaf, lengths) if lengths and isinstance(leaf, Tensor) else leaf, output)
-
-
-def batch_of(tree: Any) -> int:
-    """The length of the first axis of the first tensor.
-
-    Raises:
-        UnpackableError: there is none.
-    """
-    for shape in shapes(tree):
-        if shape:
-            return shape[0]
-    raise UnpackableError("the model is called without a tensor that has a batch axis")
 
 
 def _join(leaves: Sequence[Any], fill: bool) -> Any:
@@ -113,12 +102,11 @@ def _filled(leaf: Tensor, leaves: Sequence[Tensor]) -> Tensor:
     return F.pad(leaf, [n for length in reversed(missing) for n in (0, length)]) if any(missing) else leaf
 
 
-def _cut(leaf: Any, shares: Sequence[int], total: int | None) -> Sequence[Any]:
+def _cut(leaf: Any, shares: Sequence[int]) -> Sequence[Any]:
     if not isinstance(leaf, Tensor):
         return [leaf] * len(shares)
     length, runs = leaf.shape[0] if leaf.dim() else 0, sum(shares)
-    if length == 0 or length % runs or (total is not None and length != total):
-        wanted = f"{total} long" if total is not None else f"a multiple of {runs}"
-        raise UnpackableError(f"a tensor {list(leaf.shape)} has no batch as its first axis, which should be {wanted}")
+    if length == 0 or length % runs:
+        raise UnpackableError(f"the first axis of a tensor {list(leaf.shape)} can't be the batch of {runs} runs")
     parts: Sequence[Tensor] = leaf.split([share * (length // runs) for share in shares])  # type: ignore[no-untyped-call]
     return parts

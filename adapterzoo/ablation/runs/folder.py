@@ -13,9 +13,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from adapterzoo.ablation.grids.outline import Outline
-from adapterzoo.ablation.grids.planned import CellRecord, planned
+from adapterzoo.ablation.grids.planned import CellRecord
 from adapterzoo.ablation.runs.identity import digest_of
-from adapterzoo.ablation.runs.store import Store, no_writing
+from adapterzoo.ablation.runs.store import no_writing
 from adapterzoo.errors import RunsError, listing
 
 GRID, LOCK = "grid.json", ".lock"
@@ -89,34 +89,6 @@ def read_grid(folder: Path) -> dict[str, Any]:
 def records_of(grid: Mapping[str, Any]) -> list[CellRecord]:
     """The cells in a grid.json."""
     return [CellRecord(**cell) for cell in grid["cells"]]
-
-
-def planned_runs(grid: Mapping[str, Any], folder: Path) -> dict[str, dict[str, Any]]:
-    """Every run that a grid asks for, as far as its searches have ended, by its name.
-
-    Args:
-        grid: what grid.json holds.
-        folder: of the runs.
-
-    Returns:
-        For each: cell, role, seed and options (the values of what was tuned).
-    """
-    store = Store(folder)
-    results: dict[str, dict[str, Any] | None] = {}
-
-    def result(run: str) -> dict[str, Any] | None:
-        if run not in results:
-            results[run] = store.result(run)
-        return results[run]
-
-    def metrics(run: str) -> Mapping[str, float] | None:
-        found = result(run)
-        return found["metrics"] if found is not None and found["status"] == "done" else None
-
-    return {
-        item.run.id: {"cell": item.cell, "role": item.role, "seed": item.seed, "options": item.point}
-        for item in planned(records_of(grid), metrics, lambda run: result(run) is not None)
-    }
 
 
 def write_grid(folder: Path, record: Mapping[str, Any]) -> None:

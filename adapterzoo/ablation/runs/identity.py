@@ -24,6 +24,10 @@ _NOT_RUN = {
 }  # fmt: skip
 
 
+OTHER_CODE = "this worker has other code"
+"""How the problem begins that no run is to blame for; the driver stops when it meets it."""
+
+
 class RunSpec(BaseModel):
     """One run by its content.
 

@@ -14,7 +14,7 @@ import torch
 
 from adapterzoo.ablation.packing.pack import pack
 from adapterzoo.ablation.runs.environment import environment
-from adapterzoo.ablation.runs.identity import RunSpec, code_version
+from adapterzoo.ablation.runs.identity import OTHER_CODE, RunSpec, code_version
 from adapterzoo.ablation.runs.store import Attempt, Store
 from adapterzoo.ablation.tasks.registry import bring, make_task
 from adapterzoo.ablation.tasks.task import Outcome, Run, Task
@@ -71,8 +71,11 @@ def do_runs(payload: Mapping[str, Any]) -> None:
 
     Raises:
         OSError: a record can't be written.
+        RunsError: this process has other code than the driver; no run was begun.
     """
     store = Store(Path(payload["folder"]))
+    for run in payload["runs"]:
+        _check_code(RunSpec.model_validate(run))
     going = [
         Going.begin(store, RunSpec.model_validate(run), payload, label)
         for run, label in zip(payload["runs"], payload["labels"], strict=True)
@@ -93,7 +96,7 @@ class Going:
     @classmethod
     def begin(cls, store: Store, spec: RunSpec, payload: Mapping[str, Any], label: str) -> Self:
         """Begin to keep a run."""
-        tracking = Tracking(payload.get("trackers", ()), label, spec.model_dump())
+        tracking = Tracking(payload.get("trackers", ()), label, {"id": spec.id, **spec.model_dump()})
         return cls(spec, store.begin(spec), tracking, perf_counter())
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -129,7 +132,6 @@ def _outcomes(going: Sequence[Going], payload: Mapping[str, Any]) -> Sequence[Ou
         tasks = [run.spec.make_task() for run in going]
         device = torch.device(payload.get("device", "cpu"))
         for run, task in zip(going, tasks, strict=True):
-            _check_code(task, run.spec)
             run.attempt.environment({**environment(task, device), "process": os.getpid()})
         shared = shared_of(tasks[0], Path(payload["prepared"]))
         runs = [_told(run, shared, device) for run in going]
@@ -143,8 +145,8 @@ def _told(run: Going, shared: Any, device: torch.device) -> Run:
     return Run(composition, run.spec.seed, shared, device, run.spec.test, run.log)
 
 
-def _check_code(task: Task, spec: RunSpec) -> None:
-    """A worker on another machine may have other code than the driver: its runs would carry the wrong name."""
-    here = code_version(task)
+def _check_code(spec: RunSpec) -> None:
+    """A worker with other code than the driver's would give a run the wrong name; no run is begun then."""
+    here = code_version(spec.make_task())
     if here != spec.code:
-        raise RunsError(f"this worker has {here}, and the driver had {spec.code}; install the same code everywhere")
+        raise RunsError(f"{OTHER_CODE}: {here}, and the driver has {spec.code}; install the same code everywhere")

@@ -56,8 +56,8 @@ class Training:
                 training.step()
             outcome = training.finish()
 
-        Who computes losses otherwise, several runs in one pass, calls for each `batch`, and after the backward pass
-        `descend` with the value of its loss.
+        A step is `descend(backward(batch()))`. Who computes gradients otherwise, those of several runs in one pass,
+        calls `batch` and `descend` of each.
     """
 
     def __init__(self, task: "Task", run: Run) -> None:
@@ -86,12 +86,7 @@ class Training:
 
     def step(self) -> None:
         """Take one step; look where a look is due."""
-        batch = self.batch()
-        with self._random:
-            loss = self._forward(batch)
-            value = self._finite(loss.item(), "loss", self.done + 1)
-            loss.backward()  # type: ignore[no-untyped-call]
-        self.descend(value)
+        self.descend(self.backward(self.batch()))
 
     def batch(self) -> Any:
         """The next batch, on the run's device.
@@ -109,15 +104,33 @@ class Training:
         self._begun = perf_counter()
         return batch
 
-    def descend(self, loss: float) -> None:
+    def backward(self, batch: Any) -> float:
+        """Gradients of a batch, added to those that are there; its loss.
+
+        Raises:
+            TrainingError: a loss that is not finite; there are no gradients of it then.
+        """
+        with self._random:
+            loss = self._forward(batch)
+            value = self._finite(loss.item(), "loss", self.done + 1)
+            loss.backward()  # type: ignore[no-untyped-call]
+        return value
+
+    def descend(self, loss: float, seconds: float | None = None) -> None:
         """Let the optimiser step, with the gradients as they are; look where a look is due, and tell of it.
 
         Args:
             loss: of this run's batch.
+            seconds: what the step has taken so far; measured since `batch` if not given.
+
+        Raises:
+            TrainingError: a loss or score that is not finite.
         """
         assert self.optimizer is not None
         assert self._schedule is not None
         self._finite(loss, "loss", self.done + 1)
+        if seconds is not None:
+            self._begun = perf_counter() - seconds
         rate = self.optimizer.param_groups[0]["lr"]
         self.optimizer.step()
         self._schedule.step()
@@ -127,10 +140,7 @@ class Training:
         self.optimizer.zero_grad()
         synchronise(self.run.device)
         self._milliseconds.append(1000 * (perf_counter() - self._begun))
-        told = {"loss": loss, "lr": rate, "ms_per_step": self._milliseconds[-1]}
-        if self.done in self._looks:
-            told |= self._tell(self.look())
-        self.run.log(self.done, {**told, "seconds": perf_counter() - self._start})
+        self._tell({"loss": loss, "lr": rate, "ms_per_step": self._milliseconds[-1]})
 
     def look(self, part: Part = "validation") -> Scores:
         """Score the model as it is now; it changes nothing that training reads.
@@ -177,8 +187,11 @@ class Training:
             costs["memory_bytes"] = torch.cuda.max_memory_allocated(self.run.device) if on_gpu else self._memory
         return {**costs, "seconds": perf_counter() - self._start}
 
-    def _tell(self, scores: Scores) -> dict[str, float]:
-        return named("validation", scores.metrics) | self._trajectories.now()
+    def _tell(self, metrics: dict[str, float]) -> None:
+        """Log a step, and the look that is due after it."""
+        if self.done in self._looks:
+            metrics = metrics | named("validation", self.look().metrics) | self._trajectories.now()
+        self.run.log(self.done, {**metrics, "seconds": perf_counter() - self._start})
 
     @property
     def _name(self) -> str:

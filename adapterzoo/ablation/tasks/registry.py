@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import module_from_spec, spec_from_file_location
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -70,40 +71,37 @@ def task_class(name: str) -> type[Task]:
 
 
 def whereabouts(cls: type[Task]) -> dict[str, str]:
-    """Where another process finds a task's class: its module, and a file or folder if importing needs one.
+    """Where another process finds a task's class: its module and name, and a file or folder if importing needs one.
 
     Raises:
         GridError: the class was typed into an interactive session.
     """
     if cls.__module__ not in ("__main__", _MAIN):
         top = sys.modules[cls.__module__.partition(".")[0]]
-        file = getattr(top, "__file__", None)
-        package = hasattr(top, "__path__")
-        return {"module": cls.__module__, "path": str(Path(file).resolve().parents[int(package)]) if file else ""}
+        file, package = getattr(top, "__file__", None), hasattr(top, "__path__")
+        path = str(Path(file).resolve().parents[int(package)]) if file else ""
+        return {"module": cls.__module__, "class": cls.__qualname__, "path": path}
     file = getattr(sys.modules[cls.__module__], "__file__", None)
     if file is None or not Path(file).exists():
         raise GridError(
             f"the task {cls.name!r} was typed in, so other processes can't import it; put it into a file, or choose "
             'the engine "inline"'
         )
-    return {"module": _MAIN, "path": str(Path(file).resolve())}
+    return {"module": _MAIN, "class": cls.__qualname__, "path": str(Path(file).resolve())}
 
 
 def bring(found: Mapping[str, str]) -> None:
-    """Import a task's module in this process, from what `whereabouts` said."""
+    """Make a task known in this process, from what `whereabouts` said."""
     module, path = found["module"], found["path"]
-    if module in sys.modules:
-        return
-    if module != _MAIN:
-        if path and path not in sys.path:
-            sys.path.append(path)
-        import_module(module)
-        return
-    spec = spec_from_file_location(_MAIN, path)
-    assert spec is not None
-    assert spec.loader is not None
-    sys.modules[_MAIN] = module_from_spec(spec)
-    spec.loader.exec_module(sys.modules[_MAIN])
+    if module == _MAIN and module not in sys.modules:
+        spec = spec_from_file_location(_MAIN, path)
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[_MAIN] = module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[_MAIN])
+    elif path and path not in sys.path:
+        sys.path.append(path)
+    task(attrgetter(found["class"])(import_module(module)))
 
 
 def make_task(options: dict[str, Any]) -> Task:

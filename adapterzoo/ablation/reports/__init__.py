@@ -1,0 +1,1 @@
+"""Reports: from a folder of runs to statistics, tables, pictures and a page."""

@@ -1,0 +1,1 @@
+"""Pictures of a report, as matplotlib figures: one file a kind."""

@@ -1,0 +1,1 @@
+"""Trackers: what tells other programs of a run while it goes on. Off by default."""
