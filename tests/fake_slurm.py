@@ -78,8 +78,12 @@ def srun(*arguments):
 
 
 def sacct(*arguments):
-    """What is known of jobs; nothing of those whose state a test has removed."""
+    """What is known of jobs; nothing if a test has said so by a file."""
+    if (HERE / "no accounting").exists():
+        sys.exit("Slurm accounting storage is disabled")
     print("JobID|State|NodeList")
+    if (HERE / "forgetful").exists():
+        return
     asked = {argument for flag, argument in itertools.pairwise(arguments) if flag == "-j"}
     for path in HERE.glob("*.state"):
         if path.stem.split("_")[0] in asked:

@@ -1,11 +1,16 @@
 """The task `hf`: models of three architectures with random weights, and data in GLUE's formats, all made here."""
 
+import argparse
+import ast
 import importlib
 import importlib.util
 import json
 import math
+import pathlib
+import re
 import shutil
 import threading
+from pathlib import Path
 
 import datasets
 import huggingface_hub
@@ -19,13 +24,14 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 
 import adapterzoo.ablation.tasks.hf
 from adapterzoo import MAP, DoRA, LoRA, adapt
+from adapterzoo.ablation.docstrings import pairs_of, unrepeated
 from adapterzoo.ablation.grids.cells import cells
 from adapterzoo.ablation.grids.checking import check
 from adapterzoo.ablation.grids.outline import Outline
 from adapterzoo.ablation.tasks.hf import builtin, sources
 from adapterzoo.ablation.tasks.hf import models as hf_models
 from adapterzoo.ablation.tasks.hf.kinds import look_at_answers, look_at_choices, together
-from adapterzoo.ablation.tasks.hf.measures import of_numbers
+from adapterzoo.ablation.tasks.hf.measures import of_classes, of_numbers
 from adapterzoo.ablation.tasks.hf.models import Named, head_names, place_of, tokenizer_of
 from adapterzoo.ablation.tasks.hf.parts import classes_of, parts_of
 from adapterzoo.ablation.tasks.hf.presets import GLUE, PRESETS
@@ -461,18 +467,17 @@ def test_loading_leaves_no_thread_and_no_report(backbones, glue, tmp_path, capfd
     assert capfd.readouterr() == ("", "")
 
 
-def test_adapters_learn_which_words_are_kind(backbones, glue, tmp_path):
-    task = _task(backbones, glue, steps=60, batch=16, lr=2e-2)
-    shared = _shared(task, tmp_path / "p")
-    assert _run(task, shared, MAP(LoRA(r=2))).metrics["test/accuracy"] >= 0.9
-
-
-def test_a_regression_learns(backbones, glue, tmp_path):
-    task = _task(backbones, glue, "stsb", steps=60, batch=16, lr=2e-2)
-    assert _run(task, _shared(task, tmp_path / "p"), LoRA(r=2)).metrics["test/pearson"] > 0.8
+@pytest.mark.parametrize(("name", "spec", "steps"), [("sst2", MAP(LoRA(r=2)), 50), ("stsb", LoRA(r=2), 100)])
+def test_adapters_learn_which_words_are_kind(name, spec, steps, backbones, tmp_path):
+    for split, count in (("train", 240), ("validation", 80)):
+        _write(tmp_path / name / f"{split}.jsonl", _rows(name, count, split))
+    task = _task(backbones, tmp_path, name, steps=steps, batch=16, lr=2e-2)
+    assert _run(task, _shared(task, tmp_path / "p"), spec).metrics["test/score"] >= 0.8
 
 
 def test_a_correlation_with_a_constant_is_zero():
+    assert of_classes(np.ones(4), np.ones(4), 2) == {"accuracy": 1.0, "f1": 1.0, "matthews": 0.0}
+    assert of_classes(np.zeros(4), np.array([0, 1, 0, 1]), 2) == {"accuracy": 0.5, "f1": 0.0, "matthews": 0.0}
     assert of_numbers(np.ones(4), np.arange(4.0)) == {"pearson": 0.0, "spearman": 0.0}
 
 
@@ -494,7 +499,7 @@ def _questions(count, key):
 def commonsense(tmp_path_factory):
     """The commonsense data in the places that they have in a clone."""
     root = tmp_path_factory.mktemp("commonsense")
-    _write(root / "ft-training_set/commonsense_170k.json", _questions(60, "train"))
+    _write(root / "ft-training_set/commonsense_170k.json", _questions(240, "train"))
     for name in PRESETS["commonsense"].tests:
         _write(root / "dataset" / name / "test.json", _questions(10, name))
     return root
@@ -506,12 +511,12 @@ def _asked(backbones, commonsense, **options):
 
 
 def test_commonsense_is_learnt_once_and_tested_on_eight_sets(backbones, commonsense, tmp_path):
-    task = _asked(backbones, commonsense, steps=80, batch=16, lr=2e-2)
-    found = _run(task, _shared(task, tmp_path / "p"), MAP(LoRA(r=4)))
+    task = _asked(backbones, commonsense, steps=80, batch=32, lr=2e-2, loss_on="answer")
+    found = _run(task, _shared(task, tmp_path / "p"), MAP(LoRA(r=2)))
     told = found.metrics
     sets = [told[f"test/accuracy_{name}"] for name in PRESETS["commonsense"].tests]
     assert told["test/score"] == told["test/accuracy"] == pytest.approx(sum(sets) / 8)
-    assert told["test/score"] >= 0.9
+    assert told["test/score"] >= 0.75  # 80 questions: four and a half standard errors above chance
     assert len(found.examples["id"]) == 80
     assert "ARC-Easy/9" in found.examples["id"].tolist()
     assert told["head_parameters"] == 0
@@ -612,15 +617,32 @@ def test_the_mean_of_several_sets_weighs_them_equally():
     assert found.examples["score"].tolist() == [1, 0, 0, 1, 0]
 
 
-def test_questions_made_from_docstrings_name_their_answer_and_pairs_are_half_right():
-    pairs, choices = builtin.rows("stdlib-pairs"), builtin.rows("stdlib-choices")
-    share = np.mean([row["label"] == "own" for row in pairs["train"]])
-    assert 0.45 < share < 0.55
-    answers = [row["instruction"].rpartition("Answer format: ")[2].split("/") for row in choices["test"]]
-    assert all(row["answer"] in among for row, among in zip(choices["test"], answers, strict=True))
-    assert {len(among) for among in answers} == {4}
-    counts = np.bincount([int(row["answer"][-1]) for row in choices["train"]])[1:]
-    assert counts.min() > 0.2 * counts.sum()
+@pytest.fixture(scope="module")
+def functions():
+    """Some functions of the standard library; reading all of it takes seconds."""
+    found = [pairs_of(Path(module.__file__).read_bytes(), Path(module.__name__)) for module in (argparse, pathlib, ast)]
+    return list(unrepeated(pair for some in found for pair in some))
+
+
+def test_pairs_made_from_docstrings_are_half_their_own(functions):
+    rows = builtin.pairs(functions)
+    own = [row["code"] == function.code for row, function in zip(rows, functions, strict=True)]
+    assert [row["label"] == "own" for row in rows] == own
+    assert abs(np.mean(own) - 0.5) < 2.6 * 0.5 / len(own) ** 0.5
+    assert rows == builtin.pairs(functions)
+
+
+def test_questions_made_from_docstrings_offer_four_names_and_the_right_one(functions):
+    rows = builtin.choices(functions)
+    for row, function in zip(rows, functions, strict=True):
+        shown = row["instruction"].split("\n\n")[1]
+        names = re.fullmatch(r"Answer1: (\S+) Answer2: (\S+) Answer3: (\S+) Answer4: (\S+)", shown).groups()
+        assert len(set(names)) == 4
+        assert names[int(row["answer"].removeprefix("answer")) - 1] == function.place[2]
+        package = {other.place[2] for other in functions if other.package == function.package}
+        assert len(set(names) & package) == min(4, len(package))
+    counts = np.bincount([int(row["answer"][-1]) for row in rows], minlength=5)[1:]
+    assert stats.chisquare(counts).pvalue > 0.01
 
 
 # Grids on the meta device

@@ -282,6 +282,19 @@ def test_the_base_stands_in_memory_once_and_adapters_do_not_share():
     assert share(first, other) == 0
 
 
+def test_a_pack_holds_one_base():
+    packed = bundle.Bundle([Tiny()] * 3, [_run("LoRA(r=2)", seed) for seed in range(3)], "auto")
+    models = [member.training.model for member in packed._members]
+    assert len({model.up.weight.data_ptr() for model in models}) == 1
+    assert len({model.up.adapter.A.data_ptr() for model in models}) == 3
+
+
+def test_runs_of_one_composition_stand_side_by_side():
+    specs = ["LoRA(r=2)", "Full()", "LoRA(r=2)"]
+    packed = bundle.Bundle([Tiny()] * 3, [_run(spec, seed) for seed, spec in enumerate(specs)], "auto")
+    assert [member.place for member in packed._members] == [0, 2, 1]
+
+
 def test_a_frozen_weight_that_differs_is_left_alone():
     first, other = nn.Linear(3, 2).requires_grad_(False), nn.Linear(3, 2).requires_grad_(False)
     before = other.weight.clone()

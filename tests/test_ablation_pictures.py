@@ -1,6 +1,7 @@
 """Pictures of a report: that they show the numbers of its tables, and can stand on any page."""
 
 import re
+from dataclasses import replace
 from itertools import islice
 from xml.etree import ElementTree
 
@@ -19,7 +20,7 @@ from adapterzoo.ablation.reports.pictures.heat import heat_maps
 from adapterzoo.ablation.reports.pictures.lines import Quantity, line_picture, thinned
 from adapterzoo.ablation.reports.pictures.material import MOST_PANELS, Material
 from adapterzoo.ablation.reports.pictures.picture import Picture
-from adapterzoo.ablation.reports.pictures.style import INK, PAPER, in_style, looks, slug
+from adapterzoo.ablation.reports.pictures.style import INK, PAPER, in_style, looks, slug, styled
 from adapterzoo.ablation.reports.pictures.tuning import tuning_curves
 from adapterzoo.ablation.reports.results import read
 from tests.ablation_runs import write_runs
@@ -36,6 +37,9 @@ def material(tmp_path_factory):
 @pytest.fixture(scope="module")
 def every(material):
     return {picture.name: picture for picture in pictures(material)}
+
+
+SOME = {"bare": 0.5, "MAP": float("nan")}
 
 
 def made(folder, **how):
@@ -138,6 +142,11 @@ def test_a_combination_that_is_not_in_the_grid_is_said_to_be(material):
     assert words(list(heat_maps(fewer))[1]).count("not in\nthe grid") == 1
 
 
+def test_a_cell_whose_runs_gave_no_number_says_so(tmp_path):
+    found = made(tmp_path, wrappers=["bare", "MAP"], seeds=2, value=lambda cell, seed: SOME[cell["wrapper"]])
+    assert words(next(heat_maps(found))).count("no number") == 1
+
+
 def test_panels_of_one_problem_share_their_shades_and_other_problems_have_their_own(tmp_path, every):
     def limits(picture):
         return picture.figure.axes[0].get_images()[0].get_clim()
@@ -238,6 +247,25 @@ def test_the_search_marks_what_was_chosen_and_where_that_is_an_end(material, eve
     assert {"None", "Full"} <= set(legend(every["tuning_lr_r-8"]))
 
 
+def test_of_two_options_the_chosen_point_is_marked_not_the_best_of_its_column(tmp_path):
+    material = made(tmp_path, wrappers=["bare"], rates=(1e-3, 1e-2, 1e-1))
+    runs = material.results.runs
+    runs["option/xlr"] = runs["option/lr"].map({1e-3: 1.0, 1e-2: 2.0, 1e-1: 3.0})
+    other = runs[runs["role"] == "tune"].assign(**{"option/xlr": 9.0, "validation/accuracy": 0.99})
+    results = replace(
+        material.results,
+        tuned=("lr", "xlr"),
+        runs=pd.concat([runs.assign(edge="xlr lowest"), other], ignore_index=True),
+    )
+    for picture, mark in zip(tuning_curves(Material(results)), ("o", "^"), strict=True):
+        (line,) = (line for line in picture.figure.axes[0].get_lines() if line.get_marker() in ("o", "^"))
+        assert line.get_ydata()[0] < 99
+        assert line.get_marker() == mark
+        assert all(
+            line.get_linestyle() == "None" for line in picture.figure.axes[0].get_lines() if line.get_marker() == "."
+        )
+
+
 def test_values_that_are_no_numbers_have_places_of_their_own(tmp_path):
     material = made(tmp_path, rates=(1e-3, 1e-2, 1e-1))
     runs = material.results.runs
@@ -253,6 +281,20 @@ def test_a_wrapper_has_one_look_everywhere_and_twelve_wrappers_have_twelve():
     assert found["bare"].colour == INK
     assert len(set(found.values())) == 13
     assert looks(["bare", "W0", "W1"], "bare").items() <= found.items()
+
+
+@pytest.mark.parametrize("dpi", [72, 150])
+def test_no_text_is_cut_off(every, dpi):
+    for picture in every.values():
+        figure = picture.figure
+        figure.set_dpi(dpi)
+        with styled():
+            figure.draw_without_rendering()
+            drawn = figure.get_tightbbox()
+        assert drawn.x0 > 0, picture.name
+        assert drawn.y0 > 0, picture.name
+        assert drawn.x1 < figure.get_figwidth(), picture.name
+        assert drawn.y1 < figure.get_figheight(), picture.name
 
 
 def test_saving_twice_gives_the_same_bytes(every, tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from submitit.slurm.slurm import SlurmInfoWatcher, SlurmJob
 
 from adapterzoo.ablation.engines import slurm
 from adapterzoo.ablation.engines.engine import Order
@@ -31,6 +32,7 @@ def cluster(tmp_path, monkeypatch):
     install(folder)
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setattr(slurm, "_LOOK", 0.05)
+    monkeypatch.setattr(SlurmJob, "watcher", SlurmInfoWatcher())  # it remembers the jobs of other clusters
     return folder
 
 
@@ -97,21 +99,24 @@ def test_a_preempted_job_is_requeued_and_begins_again(tmp_path, cluster):
     engine.close()
 
 
-def test_a_job_that_the_scheduler_has_forgotten_is_lost_and_the_scheduler_is_spared(tmp_path, cluster):
-    engine = make_engine("slurm", {"poll": 0.3, "lost_after": 1.0, **PERFORM})
+def test_a_job_that_the_scheduler_does_not_know_is_lost_and_the_scheduler_is_spared(tmp_path, cluster):
+    (cluster / "forgetful").touch()
+    engine = make_engine("slurm", {"poll": 0.5, "lost_after": 3.0, **PERFORM})
+    before = len(calls(cluster, "sacct"))
     orders(engine, tmp_path, ["hang"])
-    engine.wait(0)
-    process = told(tmp_path, "hang")["process"]
     start = time.monotonic()
-    assert engine.wait(1.0) == []
-    seconds = time.monotonic() - start
-    assert 1 <= len(calls(cluster, "sacct")) <= seconds / 0.3 + 2
-    (cluster / "1.state").unlink()
     [(_, problem)] = ended(engine, 1).items()
-    assert problem.startswith("job 1 is lost: for ")
-    assert problem.endswith(" s it has been UNKNOWN")
+    seconds = time.monotonic() - start
+    assert problem.startswith("job 1 is lost: for 3 s it has been UNKNOWN")
+    assert 2 <= len(calls(cluster, "sacct")) - before <= seconds / 0.5 + 2
+    assert calls(cluster, "scancel") == ["scancel 1"], "should it be there after all, it is not to run on"
     engine.close()
-    os.kill(process, signal.SIGKILL)
+
+
+def test_without_accounting_nothing_begins(cluster):
+    (cluster / "no accounting").touch()
+    with pytest.raises(GridError, match=r"sacct does not answer \(Slurm accounting storage is disabled\)"):
+        make_engine("slurm")
 
 
 def test_closing_cancels_every_job(tmp_path, cluster):

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from adapterzoo.errors import did_you_mean
 
 if TYPE_CHECKING:
-    from adapterzoo.ablation.driving.orders import Settings as Settings
     from adapterzoo.ablation.driving.grid import Grid as Grid
+    from adapterzoo.ablation.driving.orders import Settings as Settings
     from adapterzoo.ablation.reports.results import Results as Results
     from adapterzoo.ablation.reports.results import read as read
     from adapterzoo.ablation.tasks.records import Outcome as Outcome

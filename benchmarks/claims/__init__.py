@@ -11,4 +11,5 @@ CLAIMS = (
     "compiled",
     "growth",
     "merge_and_init_7b",
+    "packing",
 )

@@ -114,12 +114,15 @@ class Orders:
         return folder / f"{key}.txt"
 
     def fellows(self, job: Job) -> Any:
-        """Jobs of which this is equal may share a process; None for those that stay alone."""
+        """Jobs of which this is equal may share a process; None for those that stay alone.
+
+        One composition at a time: others gain little by it, and the time of a step would be an average over cells.
+        """
         if self.settings.pack == 1 or job.alone:
             return None
         run = job.planned.run
         common = {name: value for name, value in run.task.items() if name not in OF_THE_OPTIMISER}
-        return digest_of([common, run.test, run.data, run.code])
+        return digest_of([run.spec, common, run.test, run.data, run.code])
 
     def _where(self, record: CellRecord) -> dict[str, str]:
         return whereabouts(task_class(record.task["name"])) if self.elsewhere else {}

@@ -14,7 +14,7 @@ import submitit
 from adapterzoo.ablation.engines.calling import folder_of
 from adapterzoo.ablation.engines.engine import Ended, Order
 from adapterzoo.ablation.engines.jobs import Carry, Job
-from adapterzoo.ablation.engines.slurm_options import SlurmOptions, make_executor
+from adapterzoo.ablation.engines.slurm_options import SlurmOptions, check_accounting, make_executor
 from adapterzoo.errors import RunsError, count
 
 _LOOK, _LOOK_HERE = 1.0, 0.05
@@ -46,6 +46,8 @@ class SlurmEngine:
         self._executor: submitit.AutoExecutor | None = None
         with tempfile.TemporaryDirectory() as nowhere:  # says what is wrong before anything is submitted
             make_executor(self._options, Path(nowhere))
+        if self._real:
+            check_accounting()
 
     def submit(self, order: Order) -> None:
         """Take an order; it becomes a job with those that come soon after it."""
@@ -72,12 +74,7 @@ class SlurmEngine:
         """Cancel every job."""
         self._waiting.clear()
         jobs, self._jobs = [item.job for item in self._jobs], []
-        if self._real and jobs:
-            subprocess.run(["scancel", *(job.job_id for job in jobs)], check=False)
-            return
-        for job in jobs:
-            with suppress(OSError):
-                job.cancel(check=False)
+        cancel(jobs)
         while any(isinstance(job, submitit.LocalJob) and not job.done() for job in jobs):
             time.sleep(_LOOK_HERE)
 
@@ -134,10 +131,25 @@ class SlurmEngine:
         state, finished = self._state(job)
         grace = self._options.grace if self._real else 0.0
         problem = job.judge(now, state, finished, self._options.lost_after, grace)
-        return None if problem is None else Ended(job.order.key, problem)
+        if problem is None:
+            return None
+        if self._real and not finished:
+            cancel([job.job])
+        return Ended(job.order.key, problem)
 
     def _state(self, job: Job) -> tuple[str, bool]:
         if not self._real:
             return job.job.state, job.job.done()
         watcher, name = job.job.watcher, job.job.job_id
         return watcher.get_state(name, mode="cache"), watcher.is_done(name, mode="cache")
+
+
+def cancel(jobs: Sequence["submitit.Job[str | None]"]) -> None:
+    """Cancel jobs: Slurm's by one command."""
+    names = [job.job_id for job in jobs if isinstance(job, submitit.SlurmJob)]
+    if names:
+        subprocess.run(["scancel", *names], check=False)
+    for job in jobs:
+        if job.job_id not in names:
+            with suppress(OSError):
+                job.cancel(check=False)

@@ -1,5 +1,6 @@
 """What the engine `slurm` can be told, and submitit's executor made of it."""
 
+import subprocess
 from pathlib import Path
 from typing import Any, Literal
 
@@ -71,6 +72,21 @@ def make_executor(options: SlurmOptions, folder: Path) -> submitit.AutoExecutor:
         here = "; cluster=local tries the same grid without Slurm" if options.cluster == "slurm" else ""
         raise GridError(f"engine 'slurm': {error}{here}") from error
     return executor
+
+
+def check_accounting() -> None:
+    """See that Slurm can say how jobs have ended.
+
+    Raises:
+        GridError: it can't: a job that is killed would be waited for without end.
+    """
+    try:
+        asked = subprocess.run(["sacct", "-n", "-j", "1"], capture_output=True, text=True, check=False)
+        problem = asked.stderr.strip() if asked.returncode else ""
+    except OSError as error:
+        problem = str(error)
+    if problem:
+        raise GridError(f"engine 'slurm': sacct does not answer ({problem}), so jobs that are killed could not be told")
 
 
 def _parameters() -> dict[str, str]:

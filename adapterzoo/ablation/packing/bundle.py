@@ -78,7 +78,6 @@ class Bundle:
             except Exception as error:
                 self._results[member.place] = error
                 self._members.remove(member)
-                self._forget_host()
 
     def _keep(self, member: Member) -> None:
         outcome = member.training.finish()

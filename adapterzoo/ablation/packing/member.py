@@ -1,7 +1,6 @@
 """One run of a pack, while it lives."""
 
 from dataclasses import dataclass
-from math import isfinite
 from time import perf_counter
 from typing import Any
 
@@ -10,7 +9,6 @@ from torch import Tensor
 from adapterzoo.ablation.packing.proof import check_gradients, check_loss
 from adapterzoo.ablation.tasks.devices import synchronise
 from adapterzoo.ablation.tasks.loop import Training
-from adapterzoo.errors import TrainingError
 
 
 @dataclass(eq=False)
@@ -55,15 +53,11 @@ class Member:
 
         Raises:
             UnpackableError: they differ by more than the tolerance.
+            TrainingError: its loss is not finite, which is the run's own fault.
         """
         loss, gradients = self.loss, self._gradients()
         self.forget()
-        try:
-            self.compute()
-        except TrainingError:
-            if isfinite(loss):
-                raise
-            return  # its loss is not finite in either way, which ends this run alone
+        self.compute()
         floats = [p.dtype for p in self.training.model.parameters() if p.is_floating_point()]
         dtype = min(floats, key=lambda dtype: dtype.itemsize)  # what rounds most
         check_loss(loss, self.loss, dtype)

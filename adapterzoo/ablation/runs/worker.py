@@ -131,13 +131,21 @@ def _outcomes(going: Sequence[Going], payload: Mapping[str, Any]) -> Sequence[Ou
     try:
         tasks = [run.spec.make_task() for run in going]
         device = torch.device(payload.get("device", "cpu"))
-        for run, task in zip(going, tasks, strict=True):
-            run.attempt.environment({**environment(task, device), "process": os.getpid()})
+        record = {**environment(tasks[0], device), "process": os.getpid()}
+        for run in going:
+            run.attempt.environment(record)
         shared = shared_of(tasks[0], Path(payload["prepared"]))
         runs = [_told(run, shared, device) for run in going]
-        return [tasks[0].run(runs[0])] if len(runs) == 1 else pack(tasks, runs)
+        if len(runs) == 1:
+            return [tasks[0].run(runs[0])]
+        return pack(tasks, runs, tell=lambda choice: _keep(going, {**record, "packing": choice.record()}))
     except Exception as error:  # whatever a task raises is that run's end, and is kept with its traceback
         return [error] * len(going)
+
+
+def _keep(going: Sequence[Going], record: Mapping[str, Any]) -> None:
+    for run in going:
+        run.attempt.environment(record)
 
 
 def _told(run: Going, shared: Any, device: torch.device) -> Run:

@@ -19,6 +19,7 @@ from adapterzoo.ablation.reports.pictures.style import (
     SMALL,
     Look,
     below,
+    beside,
     handle,
     headline,
     in_style,
@@ -80,14 +81,8 @@ def _draw(axes: Axes, y: int, row: Row, look: Look, percent: bool) -> None:
         fill = look.colour if row["star"] else PAPER
         axes.plot([factor * row["difference"]], [y], "o", color=look.colour, markerfacecolor=fill, markersize=6)
     said = ", ".join(filter(None, [texts.difference_of(row, percent), _significance(row), f"n = {row['n']}"]))
-    axes.text(
-        1.02,
-        y,
-        said if row["n"] else "no pairs",
-        transform=axes.get_yaxis_transform(),
-        va="center",
-        fontsize=SMALL + 0.5,
-    )
+    where = ("axes fraction", "data")
+    beside(axes, y, said if row["n"] else "no pairs", where, va="center", fontsize=SMALL + 0.5)
 
 
 def _significance(row: Row) -> str:

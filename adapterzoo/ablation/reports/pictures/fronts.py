@@ -18,6 +18,7 @@ from adapterzoo.ablation.reports.pictures.style import (
     SMALL,
     Look,
     below,
+    beside,
     handle,
     headline,
     in_style,
@@ -82,7 +83,7 @@ def _scale(axes: Axes, costs: pd.Series) -> None:
             axes.minorticks_off()
         else:
             axes.set_xscale("log")
-        plain_ticks(axes)
+    plain_ticks(axes)
 
 
 def _point(axes: Axes, row: Row, look: Mapping[str, Look], marks: Mapping[str, str]) -> None:
@@ -105,7 +106,7 @@ def _number(axes: Axes, rows: list[Row], percent: bool) -> None:
             color=INK,
         )
         lines.append(f"{number} {short(row['cell'], 34)}: {texts.amount(row['mean'], percent)}")
-    axes.text(1.02, 1.0, "\n".join(lines), transform=axes.transAxes, va="top", fontsize=SMALL, linespacing=1.5)
+    beside(axes, 1.0, "\n".join(lines), "axes fraction", va="top", fontsize=SMALL, linespacing=1.5)
 
 
 def _legend(table: pd.DataFrame, look: Mapping[str, Look], marks: Mapping[str, str]) -> list[tuple[str, Line2D]]:

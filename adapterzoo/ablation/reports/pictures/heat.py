@@ -119,7 +119,7 @@ def _draw(axes: Axes, squares: Sequence[Sequence[Square]], shades: Normalize, ma
 def _texts(row: Row, star: str, percent: bool) -> tuple[str, str]:
     """The mean, and what stands below it: the interval, or how many runs there are where some are not done."""
     if not row["n"]:
-        return "", "failed" if row["failed"] else "no runs yet"
+        return "", "failed" if row["failed"] else "no number" if row["done"] else "no runs yet"
     few = f"n = {row['n']} of {row['planned']}" if row["n"] < row["planned"] else ""
     interval = texts.bounds(row["low"], row["high"], percent).replace(texts.NONE, "")
     below = "all equal" if row["method"] == "equal" else interval

@@ -6,10 +6,12 @@ from io import StringIO
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from adapterzoo.ablation.reports.pictures.style import INK, PAPER, styled
 
 _METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
+_PAD = 0.1  # inches left and right: a browser's own font may be a little wider
 _PIXELS = 96 / 72  # a point of a figure in pixels of a page
 
 
@@ -37,8 +39,10 @@ class Picture:
     def __post_init__(self) -> None:
         """Lay the figure out, once for all formats."""
         engine = self.figure.get_layout_engine()
-        if engine is not None:
+        if isinstance(engine, ConstrainedLayoutEngine):
+            engine.set(w_pad=_PAD)
             engine.execute(self.figure)
+            engine.execute(self.figure)  # the first time may change which ticks there are
             self.figure.set_layout_engine("none")
 
     @property

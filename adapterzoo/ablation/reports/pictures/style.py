@@ -39,6 +39,8 @@ _RC: dict[Any, Any] = {
     "lines.linewidth": 1.6, "grid.color": INK, "grid.alpha": 0.12, "text.parse_math": False,
     # Text stays text: it can be searched and copied, and the file is small. A salt makes files the same every time.
     "svg.fonttype": "none", "svg.hashsalt": "adapterzoo",
+    # Without hinting text is as wide in every resolution as in the one that is laid out.
+    "text.hinting": "no_hinting",
 }  # fmt: skip
 
 
@@ -126,6 +128,13 @@ def below(figure: Figure, entries: Sequence[tuple[str, Line2D]]) -> None:
         [short(label, 40) for label, _ in entries],
         loc="outside lower center",
         ncols=min(columns, len(entries)),
+    )
+
+
+def beside(axes: Axes, y: float, text: str, where: Any, **how: Any) -> None:
+    """Text to the right of an axes; its distance is in points, so that the layout knows how wide it is."""
+    axes.annotate(
+        text, (1.0, y), xycoords=where, xytext=(8, 0), textcoords="offset points", annotation_clip=False, **how
     )
 
 

@@ -1,8 +1,7 @@
 """Tuning curves: what the search saw on the validation part, and what it chose."""
 
-import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -29,7 +28,22 @@ from adapterzoo.ablation.reports.pictures.style import (
 
 _DECADE = 10
 REFERENCES = "references"
-Lines = dict[str, tuple[pd.DataFrame, Look]]
+
+
+class Searched(NamedTuple):
+    """The search of one cell.
+
+    Args:
+        cell: its name.
+        points: columns option, value and chosen, one row a point.
+        look: of its line.
+        at_end: whether the chosen option lies at an end of those tried.
+    """
+
+    cell: str
+    points: pd.DataFrame
+    look: Look
+    at_end: bool
 
 
 def tuning_curves(material: Material) -> Iterator[Picture]:
@@ -53,12 +67,11 @@ def _tuning(material: Material, trials: pd.DataFrame, option: str, panel: str) -
     if not groups:
         return None
     figure, every = small_multiples(len(groups))
-    chosen = material.cells.set_index("cell")
-    tried = pd.concat([points for lines in groups.values() for points, _ in lines.values()])["option"]
+    tried = pd.concat([one.points for lines in groups.values() for one in lines])["option"]
     for axes, (title, lines) in zip(every, groups.items(), strict=True):
         place = _scale(axes, tried)
-        for cell, (points, look) in lines.items():
-            _draw(axes, points, look, place, chosen.loc[cell], option, joined=len(material.results.tuned) == 1)
+        for one in lines:
+            _draw(axes, one, place, joined=len(material.results.tuned) == 1)
         axes.set(title=short(title), xlabel=option)
     unit = " in %" if material.results.percent else ""
     for axes in every[::ACROSS]:
@@ -67,33 +80,36 @@ def _tuning(material: Material, trials: pd.DataFrame, option: str, panel: str) -
     title = f"Search of {option} on the validation part: ring, chosen; triangle, chosen at an end of its range"
     title += f", {panel}" if panel else ""
     headline(figure, title)
-    return Picture(slug("tuning", option, panel), "tuning", panel, title, _alt(groups, chosen, option), figure)
+    return Picture(slug("tuning", option, panel), "tuning", panel, title, _alt(groups, option), figure)
 
 
-def _groups(material: Material, trials: pd.DataFrame, option: str, panel: str) -> dict[str, Lines]:
-    """For each generator that was tuned, and for the references: points and look of every cell."""
+def _groups(material: Material, trials: pd.DataFrame, option: str, panel: str) -> dict[str, list[Searched]]:
+    """The searches of each generator that was tuned, and of the references."""
     cells, references = material.of_panel(panel), material.references(panel)
     look = looks(material.wrappers, material.results.reference)
     greys = reference_looks(references["cell"])
-    rows = [(row.generator, row.cell, look[row.wrapper]) for row in cells.itertuples()]
-    rows += [(REFERENCES, cell, grey) for cell, grey in greys.items()]
-    found: dict[str, Lines] = {}
-    for group, cell, style in rows:
-        points = _points(material, trials[trials["cell"] == cell], option)
+    found: dict[str, list[Searched]] = {}
+    for row in [*cells.to_dict("records"), *references.to_dict("records")]:
+        points = _points(material, trials[trials["cell"] == row["cell"]], row, option)
         if len(points):
-            found.setdefault(group, {})[cell] = (points, style)
+            group, style = (
+                (REFERENCES, greys[row["cell"]]) if row["reference"] else (row["generator"], look[row["wrapper"]])
+            )
+            at_end = option in [part.split(" ")[0] for part in row["edge"].split(", ")]
+            found.setdefault(group, []).append(Searched(row["cell"], points, style, at_end))
     return found
 
 
-def _points(material: Material, trials: pd.DataFrame, option: str) -> pd.DataFrame:
-    """Columns option and value: one row a point of the search, the mean over its seeds."""
+def _points(material: Material, trials: pd.DataFrame, cell: Mapping[Any, Any], option: str) -> pd.DataFrame:
+    """One row a point of a cell's search: the option, the mean over seeds, and whether it was chosen."""
     column = f"validation/{material.results.metric}"
     if trials.empty or column not in trials:
-        return pd.DataFrame({"option": [], "value": []})
+        return pd.DataFrame()
     every = [f"option/{name}" for name in material.results.tuned]
     means = trials.groupby(every, sort=False, dropna=False)[column].mean().dropna().reset_index()
+    chosen = [all(point[name] == cell[name] for name in every) for point in means.to_dict("records")]
     factor = 100 if material.results.percent else 1
-    found = pd.DataFrame({"option": means[f"option/{option}"], "value": factor * means[column]})
+    found = pd.DataFrame({"option": means[f"option/{option}"], "value": factor * means[column], "chosen": chosen})
     return found.sort_values("option", key=lambda values: values.map(_order), kind="stable")
 
 
@@ -118,18 +134,14 @@ def _scale(axes: Axes, tried: pd.Series) -> Mapping[Hashable, float]:
     return {value: float(value) for value in values}
 
 
-def _draw(axes: Axes, points: pd.DataFrame, look: Look, place: Mapping[Hashable, float], cell: pd.Series, option: str,
-          joined: bool) -> None:  # fmt: skip
-    x = [place[value] for value in points["option"]]
-    line = look.dash if joined else "none"
-    axes.plot(x, points["value"].to_numpy(), color=look.colour, linestyle=line, marker=".", markersize=5)
-    best = points[points["option"] == cell[f"option/{option}"]].sort_values("value")
-    if len(best):
-        at_end = f"{option} " in f"{cell['edge']} "
-        axes.plot(
-            [place[best["option"].iloc[-1]]], [best["value"].iloc[-1]], "^" if at_end else "o", color=look.colour,
-            markerfacecolor="none", markersize=9, markeredgewidth=1.4,
-        )  # fmt: skip
+def _draw(axes: Axes, one: Searched, place: Mapping[Hashable, float], joined: bool) -> None:
+    """The points, joined where one option alone was tuned; the chosen one is ringed."""
+    x = [place[value] for value in one.points["option"]]
+    line = one.look.dash if joined else "none"
+    axes.plot(x, one.points["value"].to_numpy(), color=one.look.colour, linestyle=line, marker=".", markersize=5)
+    for point in one.points[one.points["chosen"]].itertuples():
+        ring = {"markerfacecolor": "none", "markersize": 9, "markeredgewidth": 1.4}
+        axes.plot([place[point.option]], [point.value], "^" if one.at_end else "o", color=one.look.colour, **ring)
 
 
 def _legend(material: Material, panel: str) -> Sequence[tuple[str, Line2D]]:
@@ -145,11 +157,12 @@ def _legend(material: Material, panel: str) -> Sequence[tuple[str, Line2D]]:
     ]
 
 
-def _alt(groups: Mapping[str, Lines], chosen: pd.DataFrame, option: str) -> str:
-    told = []
-    for cell in (cell for lines in groups.values() for cell in lines):
-        value, edge = chosen.loc[cell, f"option/{option}"], chosen.loc[cell, "edge"]
-        if value is not None and not (isinstance(value, float) and math.isnan(value)):
-            told.append(f"{cell} {value}{f' ({edge})' if edge else ''}")
+def _alt(groups: Mapping[str, Sequence[Searched]], option: str) -> str:
+    told = [
+        f"{one.cell} {value}{' (at an end)' if one.at_end else ''}"
+        for lines in groups.values()
+        for one in lines
+        for value in one.points[one.points["chosen"]]["option"]
+    ]
     more = f" and {len(told) - 8} more" if len(told) > 8 else ""
-    return f"Lines of the validation metric over {option}. Chosen: {'; '.join(told[:8])}{more}."
+    return f"Lines of the validation metric over {option}. Chosen: {'; '.join(told[:8]) or 'none yet'}{more}."

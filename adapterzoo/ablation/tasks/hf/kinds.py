@@ -1,6 +1,8 @@
 """What each kind of task learns, and how it is looked at."""
 
 from collections.abc import Callable, Mapping
+from inspect import signature
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +23,8 @@ def label_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 def text_loss(model: nn.Module, batch: Batch, whole: bool) -> Tensor:
     """The mean of −log p over tokens: of the whole text but its first token, or of the answers alone: []."""
-    losses, counted = _token_losses(model, batch, whole)
-    return losses[counted].mean()
+    found = _predicted(model, batch, whole)
+    return found.losses()[found.counted].mean()
 
 
 def look_at_labels(model: nn.Module, rows: Rows, regression: bool) -> Scores:
@@ -77,8 +79,8 @@ def _joined(parts: list[Columns]) -> Columns:
     return {name: columns(all=[value for part in parts for value in part[name]])["all"] for name in parts[0]}
 
 
-def _outputs(model: nn.Module, batch: Batch) -> Tensor:
-    logits: Tensor = model(**{name: batch[name] for name in _INPUTS if name in batch}).logits
+def _outputs(model: nn.Module, batch: Batch, **told: int) -> Tensor:
+    logits: Tensor = model(**{name: batch[name] for name in _INPUTS if name in batch}, **told).logits
     return logits.float()
 
 
@@ -89,33 +91,45 @@ def _label_losses(outputs: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(outputs, labels, reduction="none")
 
 
-def _token_losses(model: nn.Module, batch: Batch, whole: bool) -> tuple[Tensor, Tensor]:
-    """−log p of every token but the first, and which of them count: [n, tokens − 1] each."""
-    ids = batch[IDS][:, 1:]
-    losses = F.cross_entropy(_outputs(model, batch)[:, :-1].mT, ids, reduction="none")
-    places = torch.arange(1, ids.shape[1] + 1, device=ids.device)
-    return losses, _counted(batch, places, whole)
+class _Predicted(NamedTuple):
+    """What is said of tokens that come next: scores: [n, m, vocabulary]; ids, the right ones, and which count: [n, m].
+
+    A large vocabulary is most of the work of a small model, so only outputs from the first answer on are computed where
+    the question does not count.
+    """
+
+    scores: Tensor
+    ids: Tensor
+    counted: Tensor
+
+    def losses(self) -> Tensor:
+        """−log p of every token: [n, m]."""
+        return F.cross_entropy(self.scores.flatten(0, 1), self.ids.flatten(), reduction="none").view_as(self.ids)
 
 
-def _counted(batch: Batch, places: Tensor, whole: bool) -> Tensor:
-    real = batch["attention_mask"][:, 1:].bool()
-    return real if whole else real & (places >= batch["starts"][:, None])
+def _predicted(model: nn.Module, batch: Batch, whole: bool) -> _Predicted:
+    ids, real = batch[IDS], batch["attention_mask"].bool()
+    first = 1 if whole else int(batch["starts"].min())
+    kept = ids.shape[1] - first + 1  # the output before a token predicts it
+    few = not whole and "logits_to_keep" in signature(model.forward).parameters
+    scores = _outputs(model, batch, logits_to_keep=kept) if few else _outputs(model, batch)
+    places = torch.arange(first, ids.shape[1], device=ids.device)
+    asked = real[:, first:] if whole else real[:, first:] & (places >= batch["starts"][:, None])
+    return _Predicted(scores[:, -kept:-1], ids[:, first:], asked)
 
 
 def _likelihoods(model: nn.Module, batch: Batch) -> Tensor:
     """log p of each answer: [n]."""
-    losses, counted = _token_losses(model, batch, whole=False)
-    return -(losses * counted).sum(dim=1)
+    found = _predicted(model, batch, whole=False)
+    return -(found.losses() * found.counted).sum(dim=1)
 
 
 def _greedy(model: nn.Module, batch: Batch) -> Tensor:
     """Whether every token of the answer is the likeliest, and −log p of the answer: [n, 2]."""
-    ids = batch[IDS][:, 1:]
-    outputs = _outputs(model, batch)[:, :-1]
-    counted = _counted(batch, torch.arange(1, ids.shape[1] + 1, device=ids.device), whole=False)
-    right = ((outputs.argmax(dim=2) == ids) | ~counted).all(dim=1)
-    losses = F.cross_entropy(outputs.mT, ids, reduction="none") * counted
-    return torch.stack([right.to(losses.dtype), losses.sum(dim=1)], dim=1)
+    found = _predicted(model, batch, whole=False)
+    right = ((found.scores.argmax(dim=2) == found.ids) | ~found.counted).all(dim=1)
+    losses = (found.losses() * found.counted).sum(dim=1)
+    return torch.stack([right.to(losses.dtype), losses], dim=1)
 
 
 def _for_all(model: nn.Module, rows: Rows, look: Callable[[Batch], Tensor]) -> Tensor:

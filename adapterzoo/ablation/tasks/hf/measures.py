@@ -29,11 +29,12 @@ def of_classes(predicted: Numbers, true: Numbers, classes: int) -> dict[str, flo
         >>> of_classes(np.array([0, 1, 1, 1]), np.array([0, 1, 1, 0]), 2)
         {'accuracy': 0.75, 'f1': 0.8, 'matthews': 0.5773502691896258}
     """
+    alike = len(np.union1d(true, predicted)) == 1  # scikit-learn warns, and says 0
     average = {"average": "binary"} if classes == 2 else {"average": "macro", "labels": range(classes)}
     return {
         "accuracy": float(accuracy_score(true, predicted)),
         "f1": float(f1_score(true, predicted, zero_division=0.0, **average)),
-        "matthews": float(matthews_corrcoef(true, predicted)),
+        "matthews": 0.0 if alike else float(matthews_corrcoef(true, predicted)),
     }
 
 
