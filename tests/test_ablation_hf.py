@@ -30,14 +30,17 @@ from adapterzoo.ablation.grids.checking import check
 from adapterzoo.ablation.grids.outline import Outline
 from adapterzoo.ablation.tasks.hf import builtin, sources
 from adapterzoo.ablation.tasks.hf import models as hf_models
+from adapterzoo.ablation.tasks.hf.heads import head_names
 from adapterzoo.ablation.tasks.hf.kinds import look_at_answers, look_at_choices, together
 from adapterzoo.ablation.tasks.hf.measures import of_classes, of_numbers
-from adapterzoo.ablation.tasks.hf.models import Named, head_names, place_of, tokenizer_of
+from adapterzoo.ablation.tasks.hf.models import Named
 from adapterzoo.ablation.tasks.hf.parts import classes_of, parts_of
+from adapterzoo.ablation.tasks.hf.places import place_of
 from adapterzoo.ablation.tasks.hf.presets import GLUE, PRESETS
 from adapterzoo.ablation.tasks.hf.rows import rows_of
 from adapterzoo.ablation.tasks.hf.sources import Source
 from adapterzoo.ablation.tasks.hf.task import HF
+from adapterzoo.ablation.tasks.hf.tokenizer import tokenizer_of
 from adapterzoo.ablation.tasks.hf.training import Clipped
 from adapterzoo.ablation.tasks.registry import make_task
 from adapterzoo.ablation.tasks.task import Run, Scores, columns
@@ -473,6 +476,18 @@ def test_adapters_learn_which_words_are_kind(name, spec, steps, backbones, tmp_p
         _write(tmp_path / name / f"{split}.jsonl", _rows(name, count, split))
     task = _task(backbones, tmp_path, name, steps=steps, batch=16, lr=2e-2)
     assert _run(task, _shared(task, tmp_path / "p"), spec).metrics["test/score"] >= 0.8
+
+
+@pytest.mark.parametrize("name", ["mnli", "stsb"])
+def test_the_loss_of_labels_is_cross_entropy_or_the_squared_error(name, backbones, glue, tmp_path):
+    task = _task(backbones, glue, name)
+    shared = _shared(task, tmp_path / "p")
+    batch, net = shared.train.batch(torch.tensor([0, 3, 5])), task.model(shared, 0).eval()
+    with torch.no_grad():
+        out = net(**{key: batch[key] for key in ("input_ids", "attention_mask", "token_type_ids")}).logits.double()
+    rows = torch.arange(3)
+    each = (out[:, 0] - batch["labels"]) ** 2 if name == "stsb" else -out.log_softmax(1)[rows, batch["labels"]]
+    assert task.loss(net, batch).item() == pytest.approx(each.mean().item(), rel=1e-5)
 
 
 def test_a_correlation_with_a_constant_is_zero():

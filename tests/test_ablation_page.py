@@ -14,9 +14,11 @@ import pytest
 
 from adapterzoo.ablation import command
 from adapterzoo.ablation.reports import command as report
+from adapterzoo.ablation.reports.page import failures as failing
 from adapterzoo.ablation.reports.page import listing
 from adapterzoo.ablation.reports.page.about import Field, facts, fields, warnings
-from adapterzoo.ablation.reports.page.listing import cells_table, effects_tables, failures, runs_table
+from adapterzoo.ablation.reports.page.failures import failures
+from adapterzoo.ablation.reports.page.listing import cells_table, effects_tables, runs_table
 from adapterzoo.ablation.reports.page.page import page
 from adapterzoo.ablation.reports.page.sentences import headline, sentences
 from adapterzoo.ablation.reports.pictures.material import MOST_PANELS, Material
@@ -281,7 +283,7 @@ def test_failures_with_one_error_stand_together(material, monkeypatch):
         "MAP(LoRA(r=2)), report, seed 3",
         "DoRA(LoRA(r=2)), report, seed 3",
     ]
-    monkeypatch.setattr(listing, "_MOST_NAMED", 1)
+    monkeypatch.setattr(failing, "_MOST_NAMED", 1)
     assert len(failure.shown) == 1
     assert failure.more == "and 1 more"
 

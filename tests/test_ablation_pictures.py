@@ -252,18 +252,13 @@ def test_of_two_options_the_chosen_point_is_marked_not_the_best_of_its_column(tm
     runs = material.results.runs
     runs["option/xlr"] = runs["option/lr"].map({1e-3: 1.0, 1e-2: 2.0, 1e-1: 3.0})
     other = runs[runs["role"] == "tune"].assign(**{"option/xlr": 9.0, "validation/accuracy": 0.99})
-    results = replace(
-        material.results,
-        tuned=("lr", "xlr"),
-        runs=pd.concat([runs.assign(edge="xlr lowest"), other], ignore_index=True),
-    )
+    both = pd.concat([runs.assign(edge="xlr lowest"), other], ignore_index=True)
+    results = replace(material.results, tuned=("lr", "xlr"), runs=both)
     for picture, mark in zip(tuning_curves(Material(results)), ("o", "^"), strict=True):
-        (line,) = (line for line in picture.figure.axes[0].get_lines() if line.get_marker() in ("o", "^"))
-        assert line.get_ydata()[0] < 99
-        assert line.get_marker() == mark
-        assert all(
-            line.get_linestyle() == "None" for line in picture.figure.axes[0].get_lines() if line.get_marker() == "."
-        )
+        points, ring = picture.figure.axes[0].get_lines()
+        assert ring.get_ydata()[0] < 99
+        assert ring.get_marker() == mark
+        assert points.get_linestyle() == "None"
 
 
 def test_values_that_are_no_numbers_have_places_of_their_own(tmp_path):

@@ -10,7 +10,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from adapterzoo.ablation.reports.page.about import facts, fields, warnings
-from adapterzoo.ablation.reports.page.listing import cells_table, effects_tables, failures, runs_table
+from adapterzoo.ablation.reports.page.failures import failures
+from adapterzoo.ablation.reports.page.listing import cells_table, effects_tables, runs_table
 from adapterzoo.ablation.reports.page.sentences import headline, sentences
 from adapterzoo.ablation.reports.pictures.every import pictures
 from adapterzoo.ablation.reports.pictures.material import Material

@@ -92,9 +92,8 @@ def _groups(material: Material, trials: pd.DataFrame, option: str, panel: str) -
     for row in [*cells.to_dict("records"), *references.to_dict("records")]:
         points = _points(material, trials[trials["cell"] == row["cell"]], row, option)
         if len(points):
-            group, style = (
-                (REFERENCES, greys[row["cell"]]) if row["reference"] else (row["generator"], look[row["wrapper"]])
-            )
+            group = REFERENCES if row["reference"] else row["generator"]
+            style = greys[row["cell"]] if row["reference"] else look[row["wrapper"]]
             at_end = option in [part.split(" ")[0] for part in row["edge"].split(", ")]
             found.setdefault(group, []).append(Searched(row["cell"], points, style, at_end))
     return found
@@ -140,7 +139,7 @@ def _draw(axes: Axes, one: Searched, place: Mapping[Hashable, float], joined: bo
     line = one.look.dash if joined else "none"
     axes.plot(x, one.points["value"].to_numpy(), color=one.look.colour, linestyle=line, marker=".", markersize=5)
     for point in one.points[one.points["chosen"]].itertuples():
-        ring = {"markerfacecolor": "none", "markersize": 9, "markeredgewidth": 1.4}
+        ring: dict[str, Any] = {"markerfacecolor": "none", "markersize": 9, "markeredgewidth": 1.4}
         axes.plot([place[point.option]], [point.value], "^" if one.at_end else "o", color=one.look.colour, **ring)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from adapterzoo.ablation.tasks.hf.parts import Part, check_columns, class_numbers, numbers, texts
+from adapterzoo.ablation.tasks.hf.columns import Part, check_columns, class_numbers, numbers, texts
 from adapterzoo.ablation.tasks.hf.rows import IDS, TYPES, Rows, rows_of
 from adapterzoo.errors import GridError, listing
 

@@ -1,10 +1,8 @@
-"""Models and tokenizers of Transformers: from the hub, a folder or an installed package; with values or without."""
+"""Models of Transformers: from the hub, a folder or an installed package; with values or without."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,19 +11,17 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 from transformers.utils.hub import cached_file
 
+from adapterzoo.ablation.tasks.hf.digests import digest_of_files
+from adapterzoo.ablation.tasks.hf.heads import head_names
+from adapterzoo.ablation.tasks.hf.places import place_of
 from adapterzoo.ablation.tasks.hf.quiet import first_line, quiet
-from adapterzoo.ablation.tasks.hf.sources import digest_of_files
-from adapterzoo.errors import GridError, MissingPackageError, did_you_mean, listing
-from adapterzoo.streams import stream
+from adapterzoo.errors import GridError, listing
 
-PACKAGE = "package:"
 Weights = Literal["pretrained", "random"]
 
 
@@ -113,73 +109,6 @@ class Named:
             "give the name of a folder with config.json, model.safetensors and the tokenizer's files, "
             "or put the model into the hub's cache (hf download NAME) where there is a network"
         )
-
-
-def place_of(name: str) -> str:
-    """The folder that a name means; a name on the hub stays as it is.
-
-    Raises:
-        MissingPackageError: "package:NAME" of a package that is not installed.
-        GridError: a package without that folder.
-    """
-    if not name.startswith(PACKAGE):
-        folder = Path(name).expanduser()
-        return str(folder) if folder.is_dir() else name
-    package, _, below = name.removeprefix(PACKAGE).partition("/")
-    if find_spec(package) is None:
-        raise MissingPackageError(f"{name!r}: the package {package!r} is not installed (pip install {package})")
-    root = Path(str(files(package)))
-    if not (root / below).is_dir():
-        there = sorted(path.name for path in root.iterdir() if path.is_dir())
-        raise GridError(f"{name!r}: {package} has no folder {below!r}{did_you_mean(below, there)}")
-    return str(root / below)
-
-
-def tokenizer_of(name: str, revision: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, with an id to fill rows up.
-
-    Raises:
-        GridError: there is none, or none that says where its tokens stand in a text.
-    """
-    try:
-        with quiet():
-            found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place_of(name), revision=revision)
-        if not set(found.get_vocab()) - set(found.all_special_tokens):  # what Transformers makes of no file at all
-            raise ValueError("its vocabulary is empty")
-    except (GridError, MissingPackageError):
-        raise
-    except Exception as error:
-        raise GridError(
-            f"{name!r} gives no tokenizer ({first_line(error)}); name a model that has one: tokenizer=NAME or FOLDER. "
-            "Some need a package of their own: pip install sentencepiece tiktoken protobuf"
-        ) from error
-    if not found.is_fast:
-        raise GridError(
-            f"the tokenizer of {name!r} is {type(found).__name__}, which does not say where its tokens stand in a "
-            "text; name one that has a tokenizer.json: tokenizer=NAME or FOLDER"
-        )
-    if found.pad_token_id is None:
-        found.pad_token = found.eos_token or found.unk_token or found.convert_ids_to_tokens(0)
-    return found
-
-
-def head_names(model: PreTrainedModel) -> tuple[str, ...]:
-    """What a classifier has beside its pretrained body, as its architecture calls it: `classifier`, `score`, ..."""
-    return tuple(
-        name
-        for name, child in model.named_children()
-        if name != model.base_model_prefix and any(True for _ in child.parameters())
-    )
-
-
-def redraw(model: PreTrainedModel, names: tuple[str, ...], seed: int) -> None:
-    """Give heads storage and values of their own: as the architecture draws them, from the seed alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(stream("hf head", seed).initial_seed())
-        for module in (part for name in names for part in model.get_submodule(name).modules()):
-            for parameter in module.parameters(recurse=False):
-                parameter.data = torch.empty_like(parameter)
-            model._init_weights(module)
 
 
 @cache  # without a network each try takes half a minute, and every cell of a grid asks

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from adapterzoo.ablation.tasks.hf.encoding import Wording, answered, labelled, offered
+from adapterzoo.ablation.tasks.hf.heads import head_names, redraw
 from adapterzoo.ablation.tasks.hf.kinds import (
     label_loss,
     look_at_answers,
@@ -21,11 +22,12 @@ from adapterzoo.ablation.tasks.hf.kinds import (
     together,
 )
 from adapterzoo.ablation.tasks.hf.measures import MEASURES
-from adapterzoo.ablation.tasks.hf.models import Named, Weights, head_names, redraw, tokenizer_of
+from adapterzoo.ablation.tasks.hf.models import Named, Weights
 from adapterzoo.ablation.tasks.hf.parts import classes_of, parts_of
 from adapterzoo.ablation.tasks.hf.presets import PRESETS, TEST, TRAIN, VALIDATION
 from adapterzoo.ablation.tasks.hf.rows import Batch, Rows, read_rows, write_rows
 from adapterzoo.ablation.tasks.hf.sources import Source
+from adapterzoo.ablation.tasks.hf.tokenizer import tokenizer_of
 from adapterzoo.ablation.tasks.hf.training import Clipped
 from adapterzoo.ablation.tasks.registry import task
 from adapterzoo.ablation.tasks.sharing import sharing_copy
