@@ -612,7 +612,7 @@ def test_a_question_that_is_too_long_loses_its_beginning_and_keeps_its_answer(ba
 
 
 def test_two_columns_of_a_question_are_two_lines(backbones, tmp_path):
-    rows = [{**row, "input": "a story" if i % 2 else ""} for i, row in enumerate(_questions(40, "two"))]
+    rows = [{**row, "input": "Answer format: fine/dull" if i % 2 else ""} for i, row in enumerate(_questions(40, "two"))]
     _write(tmp_path / "two.json", rows)
     task = HF(backbone=str(backbones / "llama"), dataset=str(tmp_path / "two.json"), kind="choice", steps=1,
               text=("input", "instruction"), label="answer")  # fmt: skip

@@ -115,6 +115,14 @@ def test_comparisons_without_pairs_keep_their_rows_in_a_forest(every):
     assert len(words(every["effects_cells_r-2"])) == 9
 
 
+def test_a_forest_says_where_n_is_too_small_instead_of_a_p(material, every):
+    rows = material.effects[(material.effects["family"] == "secondary") & (material.effects["panel"] == "r=2")]
+    shown = words(every["effects_cells_r-2"])
+    assert rows["too_small"].all()
+    assert sum("n too small: 10 needed" in text for text in shown) == 7
+    assert not any("p = " in text for text in shown)
+
+
 def test_a_heat_map_writes_every_mean_and_says_what_is_missing(material, every):
     shown = words(every["heat_r-2"])
     for row in material.of_panel("r=2").to_dict("records"):
@@ -197,6 +205,12 @@ def test_a_learning_curve_is_the_mean_of_the_seeds_and_its_band_their_range(mate
     corners = band.get_paths()[0].vertices
     assert corners[:, 1].max() == pytest.approx(own["max"].max())
     assert corners[:, 1].min() == pytest.approx(own["min"].min())
+
+
+def test_runs_that_failed_are_in_no_curve(material):
+    assert "DoRA(FLoRA(r=2))" in set(material.results.runs["cell"])
+    assert "DoRA(FLoRA(r=2))" not in set(material.curves["cell"])
+    assert set(material.curves["seed"]) == set(range(8))
 
 
 def test_long_curves_are_thinned_to_means_of_their_bins():

@@ -146,7 +146,8 @@ def test_a_folder_that_can_not_be_written_to_is_said_in_words(tmp_path):
 
 def test_a_folder_has_one_driver_at_a_time(tmp_path):
     with (
-        driving(tmp_path), pytest.raises(RunsError, match=rf"another driver is at work on .*process {os.getpid()} on"),
+        driving(tmp_path),
+        pytest.raises(RunsError, match=rf"another driver is at work on .*process {os.getpid()} on"),
         driving(tmp_path),
     ):
         pass
