@@ -276,3 +276,18 @@ def test_a_worker_with_other_code_stops_the_driver_and_spoils_no_run(tmp_path):
     with pytest.raises(RunsError, match=r"this worker has other code: torch 1\.0"):
         drive(tmp_path, engine)
     assert list(Store(tmp_path).ended()) == []
+
+
+def test_a_run_that_found_no_room_stops_the_driver_and_is_no_failure(tmp_path):
+    engine = Scripted(script=lambda run: Ended("", "OSError: [Errno 28] No space left on device: 'result.json'"))
+    with pytest.raises(RunsError, match="no room is left"):
+        drive(tmp_path, engine)
+    assert list(Store(tmp_path).ended()) == []
+
+
+def test_what_killed_preparations_left_is_swept_away(tmp_path):
+    drive(tmp_path, Scripted())
+    left = tmp_path / "prepared" / ".partial-0123-4567"
+    left.mkdir()
+    drive(tmp_path, Scripted())
+    assert not left.exists()

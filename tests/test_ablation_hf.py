@@ -205,7 +205,8 @@ def test_every_task_of_glue_runs_and_its_score_is_its_measure(name, backbones, g
     found = _run(task, shared, LoRA(r=2))
     true = shared.tests[""].values["labels"]
     told, predicted = found.metrics, found.examples["predicted"]
-    assert found.examples["id"].tolist() == [f"{PRESETS[name].tests['']}/{i}" for i in range(20)]
+    split = "validation_matched" if name == "mnli" else "validation"
+    assert found.examples["id"].tolist() == [f"{split}/{i}" for i in range(20)]
     if name == "stsb":
         assert told["test/score"] == told["test/pearson"] == pytest.approx(stats.pearsonr(predicted, true)[0])
         assert told["test/spearman"] == pytest.approx(stats.spearmanr(predicted, true)[0])
@@ -308,17 +309,18 @@ def test_words_such_as_null_are_texts(ending, tmp_path):
 
 
 def test_classes_are_found_in_the_data(backbones, tmp_path):
-    def labels(values, **options):
+    def labels(values, names, **options):
         path = tmp_path / f"{'-'.join(map(str, values))}.jsonl"
         _write(path, [{"text": "fine", "label": value} for value in values * 10])
         task = HF(backbone=str(backbones / "bert"), dataset=str(path), steps=1, **options)
-        assert task.model(None, 0).classifier.weight.shape[0] == len(set(values))
+        assert task._classes() == names
+        assert task.model(None, 0).classifier.weight.shape[0] == len(names)
         return sorted(set(_shared(task, tmp_path / path.stem).train.values["labels"].tolist()))
 
-    assert labels(["pos", "neg", "mixed"]) == [0, 1, 2]
-    assert labels([10, 9, 2]) == [0, 1, 2]
-    assert labels([1, 2]) == [0, 1]
-    assert labels(["b", "a"], labels=("b", "a")) == [0, 1]
+    assert labels(["pos", "neg", "mixed"], ("mixed", "neg", "pos")) == [0, 1, 2]
+    assert labels([10, 9, 2], ("2", "9", "10")) == [0, 1, 2]
+    assert labels([1, 2], ("1", "2")) == [0, 1]
+    assert labels(["b", "a"], ("b", "a"), labels=("b", "a")) == [0, 1]
 
 
 def test_classes_that_a_saved_data_set_declares_keep_their_order(tmp_path):
@@ -612,7 +614,9 @@ def test_a_question_that_is_too_long_loses_its_beginning_and_keeps_its_answer(ba
 
 
 def test_two_columns_of_a_question_are_two_lines(backbones, tmp_path):
-    rows = [{**row, "input": "Answer format: fine/dull" if i % 2 else ""} for i, row in enumerate(_questions(40, "two"))]
+    rows = [
+        {**row, "input": "Answer format: fine/dull" if i % 2 else ""} for i, row in enumerate(_questions(40, "two"))
+    ]
     _write(tmp_path / "two.json", rows)
     task = HF(backbone=str(backbones / "llama"), dataset=str(tmp_path / "two.json"), kind="choice", steps=1,
               text=("input", "instruction"), label="answer")  # fmt: skip

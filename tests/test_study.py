@@ -4,9 +4,11 @@ import copy
 import dataclasses
 import json
 import math
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from matplotlib.image import imread
@@ -15,7 +17,7 @@ from transformers import BertConfig, BertModel
 
 from adapterzoo import adapted_layers
 from adapterzoo.ablation.minilm import Texts
-from studies import page, pictures, ranks, summary, trial
+from studies import page, pictures, ranks, summary, trial, wrappers
 from studies.__main__ import main
 from studies.arms import (
     ADALOMAP,
@@ -412,3 +414,35 @@ def test_a_result_is_written_and_read_back(tmp_path, result):
     ranks.save(result, path)
     assert json.loads(path.read_text()) == result
     assert path.read_text() == page.RESULTS.read_text()
+
+
+# The study of wrappers
+
+
+def test_the_tables_of_the_wrapper_study_are_those_of_its_report():
+    text = wrappers.PAGE.read_text()
+    assert wrappers.filled(text) == text
+    assert {"primary", "secondary", "cells", "cost"} == set(re.findall(r"<!-- table: (\w+) -->", text))
+
+
+def test_another_report_makes_other_tables(tmp_path):
+    for name in ("effects", "cells"):
+        table = pd.read_parquet(wrappers.DATA / f"{name}.parquet")
+        table.assign(difference=0.5, mean=0.25).to_parquet(tmp_path / f"{name}.parquet")
+    for name in ("runs", "environments"):
+        (tmp_path / f"{name}.csv").write_bytes((wrappers.DATA / f"{name}.csv").read_bytes())
+    text = wrappers.PAGE.read_text()
+    assert "+50.0" in wrappers.filled(text, tmp_path)
+    assert "+50.0" not in text
+
+
+def test_what_the_wrapper_study_says_in_words_is_what_it_found():
+    rows = {row["wrapper"]: row for row in pd.read_parquet(wrappers.DATA / "effects.parquet").to_dict("records")
+            if row["family"] == "primary"}  # fmt: skip
+    found = rows["MAP"]
+    said = f"+{100 * found['difference']:.1f} points of MRR over the bare generators"
+    assert said in wrappers.PAGE.read_text()
+    assert f"p = {found['p_adjusted']:.3f} after correction for four tests" in wrappers.PAGE.read_text()
+    assert [name for name, row in rows.items() if row["star"]] == ["MAP"]
+    for name in ("DoRA", "PreDiag", "SORA(PreDiag)"):
+        assert rows[name]["low"] < 0 < rows[name]["high"]

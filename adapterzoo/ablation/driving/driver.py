@@ -1,18 +1,20 @@
 """The driver: it submits what a grid still asks for, takes in how runs end, and chooses what is reported."""
 
+import errno
 import heapq
 import itertools
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any, Protocol
 
-from adapterzoo.ablation.driving.orders import PREPARED, Job, Orders, Settings
+from adapterzoo.ablation.driving.orders import Job, Orders, Settings
 from adapterzoo.ablation.engines.engine import Ended, Engine, Order
 from adapterzoo.ablation.grids.planned import CellRecord, Metrics, Planned, reports
 from adapterzoo.ablation.runs.identity import OTHER_CODE
-from adapterzoo.ablation.runs.store import Store
+from adapterzoo.ablation.runs.store import PREPARED, Store, no_writing
 from adapterzoo.errors import RunsError
 
 _PATIENCE = 1.0
@@ -196,12 +198,21 @@ class Driver:
         )
 
     def _crashed(self, job: Job, ended: Ended, seconds: float) -> dict[str, Any]:
-        """Keep that a process ended without a record of its own."""
-        self._store.check_writable()
-        if ended.problem is not None and OTHER_CODE in ended.problem:
-            raise RunsError(ended.problem[ended.problem.index(OTHER_CODE) :])
+        """Keep that a process ended without a record of its own.
+
+        Raises:
+            RunsError: it ended because nothing can be written here, or because it has other code: no run's own fault.
+        """
         problem = ended.problem or "its process ended without a record; does it see the folder under the same path?"
-        self._store.begin(job.planned.run).fail(problem, seconds)
+        self._store.check_writable()
+        if os.strerror(errno.ENOSPC) in problem:
+            raise no_writing(self._store.folder, OSError(errno.ENOSPC, problem))
+        if OTHER_CODE in problem:
+            raise RunsError(problem[problem.index(OTHER_CODE) :])
+        try:
+            self._store.begin(job.planned.run).fail(problem, seconds)
+        except OSError as error:
+            raise no_writing(self._store.folder, error) from None
         result = self._store.result(job.planned.run.id)
         assert result is not None
         return result

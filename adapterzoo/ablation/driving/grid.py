@@ -79,7 +79,8 @@ class Grid(Outline):
         settings = settings or Settings()
         checked = plan(self)
         made = make_engine(engine, engine_options or {})
-        with Display(slots=made.capacity) as display:
+        about = checked.about
+        with Display(made.capacity, maximise=about["maximise"], percent=about["percent"]) as display:
             display.note(checked.cost())
             for warning in checked.warnings():
                 display.note(warning)

@@ -11,10 +11,11 @@ from adapterzoo.ablation.engines.engine import Order
 from adapterzoo.ablation.grids.planned import CellRecord, Planned
 from adapterzoo.ablation.packing.pack import OF_THE_OPTIMISER
 from adapterzoo.ablation.runs.identity import digest_of
+from adapterzoo.ablation.runs.store import PREPARED
 from adapterzoo.ablation.tasks.registry import task_class, whereabouts
 from adapterzoo.errors import GridError
 
-OUTPUT, PREPARED = "output", "prepared"
+OUTPUT = "output"
 
 
 @dataclass(frozen=True)

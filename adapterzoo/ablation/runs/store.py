@@ -22,6 +22,8 @@ Status = Literal["done", "failed"]
 RUN, RESULT, METRICS, EXAMPLES, ENVIRONMENT = (
     "run.json", "result.json", "metrics.jsonl", "examples.npz", "environment.json",
 )  # fmt: skip
+PREPARED = "prepared"
+"""The folder, beside the runs, of what their tasks have prepared."""
 _PARTIAL, _OLD = ".partial-", ".old-"
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
 _ID_DIGITS = 16
@@ -91,7 +93,8 @@ class Store:
 
     def sweep(self) -> int:
         """Remove what interrupted runs have left; only who drives the folder may. How many there were."""
-        left = [path for mark in (_PARTIAL, _OLD) for path in self.folder.glob(f"{mark}*")]
+        places = (self.folder, self.folder / PREPARED)
+        left = [path for place in places for mark in (_PARTIAL, _OLD) for path in place.glob(f"{mark}*")]
         for path in left:
             shutil.rmtree(path, ignore_errors=True)
         return len(left)
