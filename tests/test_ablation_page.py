@@ -98,6 +98,12 @@ def test_an_interval_that_contains_zero_is_called_that(tmp_path):
     assert "Not significant: p = 1.000" in sentence
 
 
+def test_an_interval_below_zero_does_not_contain_it(tmp_path):
+    (sentence,) = sentences(small(tmp_path, value=differences({"MAP": [-x for x in ABOVE]})))
+    assert sentence.startswith("MAP: -2.6 points against the bare generator (worse)")
+    assert "The interval does not contain zero." in sentence
+
+
 def test_too_few_pairs_are_said_with_the_number_needed_and_nothing_is_called_significant(tmp_path):
     found = small(tmp_path, seeds=5, value=differences({"MAP": ABOVE}))
     assert headline(found) == "n is too small for any of 1 test: nothing can be called significant here."
@@ -519,6 +525,9 @@ def test_a_click_on_a_header_sorts_by_numbers_up_down_and_back_with_gaps_last(op
     for _ in range(2):
         tab.click(f"#cells-table thead th:nth-child({gaps}) button")
         assert [bool(text) for text in texts_of(tab, "cells", gaps)] == [True] * 18 + [False] * 8
+    signed = [float(text.split()[0]) for text in texts_of(tab, "cells", gaps) if text]
+    assert signed == sorted(signed, reverse=True)
+    assert signed[0] > 0 > signed[-1]
     assert tab.get_attribute(header, "aria-sort") == "none"
     tab.click(f"#cells-table thead th:nth-child({gaps}) button")
     assert texts_of(tab, "cells", 1) == before
