@@ -10,7 +10,7 @@ from adapterzoo.ablation.grids.outline import Outline
 from adapterzoo.ablation.grids.reading import read_yaml
 from adapterzoo.ablation.grids.tune import Tune, best
 from adapterzoo.errors import GridError
-from tests import ablation_toys  # noqa: F401  (registers the task "toy")
+from tests import ablation_toys
 
 EXAMPLE = """
 task: {name: toy, width: 7}
@@ -229,3 +229,16 @@ def test_the_best_point_goes_by_the_metric_then_by_the_loss_then_by_order():
     assert best(points, found, "accuracy", maximise=True) == 2
     assert best(points, found, "accuracy", maximise=False) == 0
     assert best(points, [None, None], "accuracy", maximise=True) is None
+
+
+def test_a_required_option_of_the_task_may_be_an_axis(monkeypatch):
+    from adapterzoo.ablation.tasks import registry
+
+    class Needy(ablation_toys.Toy):
+        name = "needy"
+        place: str
+
+    monkeypatch.setitem(registry._TASKS, "needy", Needy)
+    grid = Outline.of({"task": {"name": "needy"}, "grid": {"spec": ["LoRA(r=2)"], "place": ["a", "b"]}})
+    assert [cell.task.place for cell in cells(grid)] == ["a", "b"]
+    assert "place" in refused(Outline.of({"task": {"name": "needy"}, "grid": {"spec": ["LoRA(r=2)"]}}))

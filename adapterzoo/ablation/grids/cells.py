@@ -63,9 +63,11 @@ def cells(grid: Outline) -> list[Cell]:
         GridError: a task, option, axis, template or spec that can't be read, a tuned option that the task does not
             have, or cells that are the same; all that are found.
     """
-    make_task(grid.task)
+    if not isinstance(grid.task.get("name"), str):
+        make_task(grid.task)  # says what is missing
     options = set(task_class(grid.task["name"]).model_fields)
     _check_axes(grid, options)
+    make_task({**grid.task, **next(iter(_option_values(grid, options)), {})})  # once, before every cell says it again
     varying = _varying(grid)
     problems: list[str] = []
     found: list[Cell] = []
