@@ -69,8 +69,14 @@ def _speak(payload):
     os.write(1, b"past Python\n")
 
 
+def _not_for_ever():
+    """What hangs ends even if its test has failed."""
+    signal.alarm(3 * _DEADLINE)
+
+
 def _hang(payload):
     """Until someone lets it go on, or kills it."""
+    _not_for_ever()
     go = Path(payload.get("go", "/nonexistent"))
     while not go.exists():
         time.sleep(0.005)
@@ -78,6 +84,7 @@ def _hang(payload):
 
 def _hang_with_children(payload):
     child = os.fork()
+    _not_for_ever()
     if child:
         Path(payload["child"]).write_text(str(child))
     signal.pause()
@@ -87,6 +94,7 @@ def _leave_a_child(payload):
     """Return, and leave a process behind that holds every open file."""
     child = os.fork()
     if not child:
+        _not_for_ever()
         signal.pause()
     Path(payload["child"]).write_text(str(child))
 
@@ -108,6 +116,7 @@ def _hang_once(payload):
     """Hang the first time; so that someone can kill it."""
     mark = Path(payload["mark"])
     if not mark.exists():
+        _not_for_ever()
         mark.write_text(str(os.getpid()))
         signal.pause()
 

@@ -1,5 +1,6 @@
 """Grids from end to end, in real processes: run, reported, killed and taken up again."""
 
+import argparse
 import json
 import os
 import random
@@ -13,6 +14,8 @@ import numpy as np
 import pytest
 
 from adapterzoo.ablation import Grid, Settings
+from adapterzoo.ablation.command import add_ablate
+from adapterzoo.ablation.driving import ablate
 from adapterzoo.ablation.runs.folder import read_grid, records_of
 from adapterzoo.ablation.runs.store import Store
 from adapterzoo.cli import main
@@ -148,6 +151,22 @@ def test_what_can_not_be_done_is_said_in_a_sentence_and_nothing_is_run(
     assert main(["ablate", *arguments]) == 2
     assert message in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["small.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        ([], {"threads": 1}),
+        (["--threads", "2", "--workers", "3"], {"threads": 2, "workers": 3}),
+        (["--device", "cuda"], {"threads": 1, "gpus": "all"}),
+        (["--device", "cuda", "--set", "gpus=[1]", "--set", "per_gpu=2"], {"threads": 1, "gpus": [1], "per_gpu": 2}),
+        (["--engine", "slurm", "--device", "cuda", "--set", "partition=gpu"], {"partition": "gpu"}),
+    ],
+)
+def test_this_machine_is_told_of_threads_and_gpus(arguments, found):
+    parser = argparse.ArgumentParser()
+    add_ablate(parser.add_subparsers())
+    assert ablate._engine_options(parser.parse_args(["ablate", "grid.yaml", *arguments])) == found
 
 
 def test_a_task_of_ones_own_is_found_by_its_module(tmp_path, monkeypatch):

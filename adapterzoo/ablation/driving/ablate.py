@@ -76,7 +76,13 @@ def _engine_options(options: argparse.Namespace) -> dict[str, Any]:
             found[name] = yaml.safe_load(value)
     if problems:
         raise CommandError(f"these options can't be read:{listing(problems)}")
-    return found
+    return _for_this_machine(found, options) if options.engine == "local" else found
+
+
+def _for_this_machine(found: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """With the threads that a run uses; and, on GPUs, one run on each instead of all on the first."""
+    gpus = {"gpus": "all"} if options.device.startswith("cuda") and not {"gpus", "workers"} & set(found) else {}
+    return {"threads": options.threads, **gpus, **found}
 
 
 def _sizes(checked: Plan) -> list[str]:
