@@ -196,6 +196,20 @@ def test_closing_ends_the_jobs_of_the_local_executor(tmp_path):
     until(lambda: not alive(process), "the job to die")
 
 
+def test_jobs_of_a_driver_in_the_background_which_ignores_interrupts_end_too(tmp_path):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        engine = make_engine("slurm", {"cluster": "local", **PERFORM})
+        orders(engine, tmp_path, ["hang"])
+        engine.wait(0)
+        process = told(tmp_path, "hang")["process"]
+        engine.close()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    until(lambda: not alive(process), "the job to die")
+
+
 # submitit's debug executor leaves the log files of its jobs to the garbage collector
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_the_debug_executor_does_orders_in_this_process(tmp_path):

@@ -1,11 +1,13 @@
 """Runs as jobs of Slurm, through submitit: arrays, polling that spares the scheduler, and jobs that are requeued."""
 
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import ClassVar
 
@@ -75,7 +77,8 @@ class SlurmEngine:
         self._waiting.clear()
         jobs, self._jobs = [item.job for item in self._jobs], []
         cancel(jobs)
-        while any(isinstance(job, submitit.LocalJob) and not job.done() for job in jobs):
+        end = time.monotonic() + self._options.grace
+        while time.monotonic() < end and any(isinstance(job, submitit.LocalJob) and not job.done() for job in jobs):
             time.sleep(_LOOK_HERE)
 
     def _hand_over(self) -> None:
@@ -100,7 +103,7 @@ class SlurmEngine:
             folder = self._options.logs or (folder_of(orders[0].payload) or Path()) / "submitit"
             self._executor = make_executor(self._options, folder)
         carry = Carry(self._options.perform, [entry for entry in sys.path if entry])
-        with self._executor.batch():
+        with interruptible(), self._executor.batch():
             jobs = [self._executor.submit(carry, order.payload) for order in orders]
         return [Job(order, job) for order, job in zip(orders, jobs, strict=True)]
 
@@ -142,6 +145,25 @@ class SlurmEngine:
             return job.job.state, job.job.done()
         watcher, name = job.job.watcher, job.job.job_id
         return watcher.get_state(name, mode="cache"), watcher.is_done(name, mode="cache")
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Processes started in here take an interrupt, by which submitit's local executor cancels its jobs.
+
+    A driver that was itself started in the background ignores interrupts, and whatever it starts would inherit that.
+    """
+    if (
+        signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
+        or threading.current_thread() is not threading.main_thread()
+    ):
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def cancel(jobs: Sequence["submitit.Job[str | None]"]) -> None:
