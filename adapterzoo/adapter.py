@@ -8,9 +8,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from adapterzoo.contract import initial_values, is_tried, made_weight, try_purity
 from adapterzoo.errors import RoundedMagnitudeWarning
 from adapterzoo.factored import FactoredWeight
-from adapterzoo.pieces import Generator, Parameters, Piece, Role, Site, Wrapper, checked_weight, initial_values
+from adapterzoo.pieces import Parameters, Piece, Role, Site, Wrapper
 from adapterzoo.sharded import gathered, is_sharded, write
 
 _FACTORS = frozenset({Role.INPUT_FACTOR, Role.OUTPUT_FACTOR, Role.UPDATE, Role.CORE})
@@ -39,6 +40,8 @@ class Adapter(nn.Module):
         self.locked = False
         self.inner = Adapter(spec.inner, site, factor_dtype) if isinstance(spec, Wrapper) else None
         initial = initial_values(spec, replace(site, depth=spec.depth))
+        if not is_tried(spec, site):
+            try_purity(spec, initial, self._inside(site), replace(site, depth=spec.depth))
         self.roles = {name: role for name, role in spec.roles.items() if name in initial}
         for name, value in initial.items():
             value = value.to(self._pinned_dtype(name) or value.dtype)
@@ -75,11 +78,10 @@ class Adapter(nn.Module):
         values = {name: gathered(self._value(name)).to(site.dtype) for name in self.roles}
         self._check_digits()
         params, site = Parameters(values), replace(site, depth=self.spec.depth)
-        if isinstance(self.spec, Wrapper) and self.inner is not None:
-            inner = self.inner.weight(site)
-            return checked_weight(self.spec, self.spec.condition(inner, params, site), site, inner)
-        assert isinstance(self.spec, Generator)
-        return checked_weight(self.spec, self.spec.update(params, site), site)
+        return made_weight(self.spec, self._inside(site), params, site)
+
+    def _inside(self, site: Site) -> FactoredWeight | None:
+        return None if self.inner is None else self.inner.weight(site)
 
     def places(self) -> list[tuple[Mapping[str, Tensor | None], str]]:
         """Where every parameter and buffer of the composition stands: the table of its module, and its name there."""

@@ -118,7 +118,7 @@ class AdaptedLinear(nn.Module):
             raise UnsupportedLayerError(name, type(base).__name__, str(problem))
         self.form = kind(base)
         check_adapter_dtype(adapter_dtype)
-        spec = check_fits(spec, self.form.shape, name)
+        spec = check_fits(spec, self.form.shape, name, self.form.layer_type)
         self.name, self.seed, self.lean = name, check_seed(seed), lean
         self.merged, self.disabled, self._warned = False, False, False
         self._base_device: torch.device | str | None = None

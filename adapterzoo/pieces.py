@@ -5,14 +5,14 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError
 from torch import Tensor
 
 from adapterzoo.base import Base, WeightShape
-from adapterzoo.errors import PieceError, SpecError, did_you_mean, where
+from adapterzoo.errors import SpecError, did_you_mean
 from adapterzoo.factored import FactoredWeight, RightFactor
 from adapterzoo.rules import StepRule
 from adapterzoo.streams import stream
@@ -36,6 +36,25 @@ class Role(StrEnum):
     """A generator of a rotation: SORA's C and D."""
     BUFFER = "buffer"
     """State that no gradient trains: AdaLoRA's mask."""
+
+
+LAYER_TYPES = frozenset({"linear", "convolution", "embedding"})
+"""What a piece may sit on. Quantised layers, and those of Transformers that store Wᵀ, are linear ones."""
+
+
+class Singular(NamedTuple):
+    """Some singular triplets of W, in descending order: W ≈ U diag(S) Vᵀ, with all of them W itself."""
+
+    U: Tensor
+    """[out, r]."""
+    S: Tensor
+    """[r]."""
+    Vt: Tensor
+    """[r, in]."""
+
+
+Promise = tuple[Tensor, Tensor]
+"""Two tensors that a piece promises to be equal."""
 
 
 class Parameters:
@@ -90,6 +109,11 @@ class Site:
         """How many inputs add up in an output: the columns of W, or 1 where inputs are one-hot."""
         return 1 if self.one_hot else self.in_features
 
+    @property
+    def layer_type(self) -> str:
+        """One of `LAYER_TYPES`."""
+        return "embedding" if self.one_hot else "convolution" if self.shape.kernel else "linear"
+
     def row_norms(self) -> Tensor:
         """‖w_i‖: [out]; equal, bit for bit, to FactoredWeight.row_norms() of a zero update."""
         return safe_sqrt(self.base.row_norms_sq()).to(self.dtype)
@@ -97,6 +121,20 @@ class Site:
     def frobenius_norm(self) -> Tensor:
         """‖W‖_F: [1]."""
         return safe_sqrt(self.base.row_norms_sq().sum()[None]).to(self.dtype)
+
+    def singular_triplets(self, r: int, smallest: bool = False) -> Singular:
+        """The r largest singular triplets of W, or the r smallest, exactly: a whole decomposition, for `init` only.
+
+        Signs are fixed, so that the same W gives the same triplets: the largest element of every row of Vᵀ is positive.
+        """
+        if self.base.device.type == "meta":
+            return Singular(self.zeros(self.out_features, r), self.zeros(r), self.zeros(r, self.in_features))
+        with torch.no_grad():
+            U, S, Vt = torch.linalg.svd(self.base.dense().detach().to(self.dtype), full_matrices=False)
+            own = slice(len(S) - r, None) if smallest else slice(r)
+            U, S, Vt = U[:, own], S[own], Vt[own]
+            signs = torch.take_along_dim(Vt, Vt.abs().argmax(dim=1, keepdim=True), dim=1).sign()
+            return Singular((U * signs.mT).contiguous(), S.contiguous(), (Vt * signs).contiguous())
 
     def low_rank(
         self, U: Tensor, V: Tensor, dropout: float = 0.0, steps: tuple[Tensor, Tensor] | None = None
@@ -167,6 +205,15 @@ class Piece(BaseModel):
 
     optional: ClassVar[frozenset[str]] = frozenset()
     """Parameters that `init` leaves out on layers that have no use for them."""
+
+    starts_neutral: ClassVar[bool] = True
+    """Whether it starts at W' = W, exactly, over an inside that does. A piece that starts beside the base says so."""
+
+    shared: ClassVar[frozenset[str]] = frozenset()
+    """Buffers that layers share, frozen: the same values are one tensor in memory and one in a file."""
+
+    layers: ClassVar[frozenset[str]] = LAYER_TYPES
+    """The types of layers that it can sit on; on others it is refused by name."""
 
     always_shown: ClassVar[frozenset[str]] = frozenset()
     """Fields that `repr` shows also where they have their default."""
@@ -255,6 +302,13 @@ class Generator(Piece):
     def update(self, params: Parameters, site: Site) -> FactoredWeight:
         """W + ΔW in normal form, from the parameters' values."""
 
+    def dense(self, params: Parameters, site: Site) -> Tensor:
+        """ΔW: [out, in], the slow truth: the method's equation, written as plainly as can be.
+
+        Checks compare `update` with it, in float64; nothing else calls it. Without one they take `update` made dense.
+        """
+        return self.update(params, site).dense_update()
+
 
 class Wrapper(Piece):
     """A piece that takes W and what its inside made of it, and returns another weight: W' = f(W, W_inner; φ).
@@ -285,6 +339,26 @@ class Wrapper(Piece):
     @abstractmethod
     def condition(self, inner: FactoredWeight, params: Parameters, site: Site) -> FactoredWeight:
         """f(W, W_inner; φ) in normal form, from the inside's normal form and the parameters' values."""
+
+    def dense(self, inner: Tensor, params: Parameters, site: Site) -> Tensor:
+        """W': [out, in] from W_inner: [out, in], the slow truth: the method's equation, written as plainly as can be.
+
+        Checks compare `condition` with it, in float64; nothing else calls it. Without one they take `condition` over
+        a dense inside, made dense.
+        """
+        update = FactoredWeight(site.base, remainder=inner - site.base.dense())
+        return self.condition(update, params, site).dense()
+
+    def promises(self, inner: Tensor, weight: Tensor, params: Parameters, site: Site) -> Mapping[str, Promise]:
+        """What the method promises of W', in words, and the two tensors that have to be equal for it: checked.
+
+        Args:
+            inner: W_inner: [out, in].
+            weight: W': [out, in].
+            params: the parameters' values.
+            site: the layer.
+        """
+        return {}
 
     def held_magnitudes(self, inner: FactoredWeight, params: Parameters, site: Site) -> Mapping[str, Tensor]:
         """For a gain m / n with a norm n of the inside: m n / n₀ by name, n₀ the value of n now, a constant.
@@ -327,58 +401,19 @@ def layers_of(spec: Piece) -> list[Piece]:
     return chain
 
 
-def misfit(spec: Piece, shape: WeightShape) -> str | None:
-    """Say why a composition does not fit a weight of that shape; None if it fits."""
+def misfit(spec: Piece, shape: WeightShape, layer_type: str | None = None) -> str | None:
+    """Say why a composition does not fit a weight of that shape; None if it fits.
+
+    Args:
+        spec: the composition.
+        shape: of the weight.
+        layer_type: one of `LAYER_TYPES`; where it is not known, a convolution is known by its kernel.
+    """
+    found = layer_type or ("convolution" if shape.kernel else None)
+    for piece in layers_of(spec):
+        if found is not None and found not in piece.layers:
+            return f"{type(piece).__name__} sits on {' and '.join(sorted(piece.layers))} layers, and this is {found}"
     return next(filter(None, (piece.misfit(shape) for piece in layers_of(spec))), None)
-
-
-def initial_values(piece: Piece, site: Site) -> Mapping[str, Tensor]:
-    """The initial values that a piece makes, checked against the roles that it declares.
-
-    Raises:
-        PieceError: the piece made other parameters than it declares; its author has to mend that.
-    """
-    values = piece.init(site)
-    if not isinstance(values, Mapping) or not set(piece.roles) - piece.optional <= set(values) <= set(piece.roles):
-        made = sorted(values) if isinstance(values, Mapping) else type(values).__name__
-        raise PieceError(
-            f"{type(piece).__name__}.init made {made}, but its `roles` declare {sorted(piece.roles)}: "
-            "give every parameter a role, and every role a parameter"
-        )
-    for name, value in values.items():
-        if not isinstance(value, Tensor):
-            raise PieceError(f"{type(piece).__name__}.init made {name} a {type(value).__name__}, not a tensor")
-    return values
-
-
-def checked_weight(
-    piece: Piece, weight: FactoredWeight, site: Site, inner: FactoredWeight | None = None
-) -> FactoredWeight:
-    """What a piece returned, checked against the contract.
-
-    Raises:
-        PieceError: no normal form, factors of a wrong shape, or a wrapper that lost the dropout of its inside.
-    """
-    problem = _breach(weight, site.out_features, site.in_features, inner)
-    if problem is not None:
-        raise PieceError(f"{type(piece).__name__} on {where(site.layer)} {problem}")
-    return weight
-
-
-def _breach(weight: object, out: int, cols: int, inner: FactoredWeight | None) -> str | None:
-    """What breaks the contract, as the end of a sentence; None if nothing does."""
-    if not isinstance(weight, FactoredWeight):
-        return f"returned a {type(weight).__name__}; return site.low_rank(U, V) or what inner.mix(...) gives"
-    U, V = weight.U, None if weight.V is None else weight.V.value
-    if U is not None and V is not None and (U.shape[0] != out or V.shape != (U.shape[1], cols)):
-        return f"made U {list(U.shape)} and V {list(V.shape)}; need [{out}, r] and [r, {cols}]"
-    if weight.delta is not None and list(weight.delta.shape) not in ([1], [out]):
-        return f"made a row gain {list(weight.delta.shape)}; need [{out}] or [1]"
-    if weight.remainder is not None and weight.remainder.shape != (out, cols):
-        return f"made an update {list(weight.remainder.shape)}; need [{out}, {cols}]"
-    if inner is not None and inner.dropout and not weight.dropout:
-        return f"lost its inside's dropout={inner.dropout}: a dense form has none; set it to 0"
-    return None
 
 
 def _literal(value: object) -> str:

@@ -5,8 +5,9 @@ import json
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from adapterzoo.contract import declared
 from adapterzoo.errors import PieceError, SpecError, UnknownPieceError
-from adapterzoo.pieces import Generator, Piece, Role, Wrapper
+from adapterzoo.pieces import Generator, Piece, Wrapper
 
 SCHEMA = 1
 """Version of the JSON form of a spec."""
@@ -23,16 +24,14 @@ def register(kind: P) -> P:
     """Make a generator or wrapper known by its class name (a class decorator).
 
     Raises:
-        PieceError: the class is no Generator or Wrapper, lacks a method, declares no roles, or its name is taken.
+        PieceError: the class is no Generator or Wrapper, declares something unsound (`contract`), or its name is taken.
     """
     name = kind.__name__
     if not (isinstance(kind, type) and issubclass(kind, (Generator, Wrapper))):
         raise PieceError(f"{name} can't be registered: derive it from adapterzoo.pieces.Generator or Wrapper")
-    missing = sorted(getattr(kind, "__abstractmethods__", ()))
-    if missing:
-        raise PieceError(f"{name} can't be registered: it does not define {', '.join(missing)}")
-    if not kind.roles or not all(isinstance(role, Role) for role in kind.roles.values()):
-        raise PieceError(f"{name} can't be registered: its `roles` must give every parameter a Role")
+    problem = declared(kind)
+    if problem is not None:
+        raise PieceError(f"{name} can't be registered: {problem}")
     _claim(name, kind)
     _PIECES[name] = kind
     return kind

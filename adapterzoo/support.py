@@ -89,10 +89,10 @@ def _no_form(module: nn.Module) -> str:
     )
 
 
-def check_fits(spec: object, shape: WeightShape, name: str) -> Piece:
+def check_fits(spec: object, shape: WeightShape, name: str, layer_type: str | None = None) -> Piece:
     """The spec; raise a SpecError or MisfitError unless it is one and fits the layer."""
     spec = check_is_spec(spec, f"{where(name)} needs a spec")
-    problem = misfit(spec, shape)
+    problem = misfit(spec, shape, layer_type)
     if problem is not None:
         raise MisfitError(name, shape[:2], repr(spec), problem)
     return spec

@@ -144,7 +144,8 @@ class Exclusions:
         if id(module) in self._output_embeddings:
             return _OUTPUT
         kind = form_of(module)
-        return None if kind is None else misfit(spec, kind(module).shape)
+        form = None if kind is None else kind(module)
+        return None if form is None else misfit(spec, form.shape, form.layer_type)
 
 
 def trained_parameters(model: nn.Module, found: Sequence[Found], train: Sequence[str]) -> dict[str, str]:

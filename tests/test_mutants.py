@@ -15,7 +15,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from adapterzoo import SORA, AdaptedLinear, DoRA, LoRA, adapter, factored, forms, functional, kept, kernel
-from adapterzoo.pieces import Site, initial_values
+from adapterzoo.contract import initial_values
+from adapterzoo.pieces import Site
 
 BOTH = (torch.float64, torch.float32)
 MUTANTS = {}

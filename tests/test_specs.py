@@ -210,32 +210,41 @@ def piece_that(name, kind=Generator, **methods):
 @pytest.mark.parametrize(
     ("piece", "message"),
     [
-        (piece_that("NoTensor", init=lambda self, site: {"A": 0.0})(), "NoTensor.init made A a float, not a tensor"),
-        (piece_that("OtherNames", init=lambda self, site: {"B": site.zeros(1)})(), r"OtherNames.init made \['B'\]"),
-        (piece_that("NoMapping", init=lambda self, site: site.zeros(1))(), "NoMapping.init made Tensor"),
+        (
+            piece_that("NoTensor", init=lambda self, site: {"A": 0.0})(),
+            r"NoTensor \(of test_specs\).init made A a float, not a tensor",
+        ),
+        (
+            piece_that("OtherNames", init=lambda self, site: {"B": site.zeros(1)})(),
+            r"OtherNames \(of test_specs\).init made \['B'\]",
+        ),
+        (
+            piece_that("NoMapping", init=lambda self, site: site.zeros(1))(),
+            r"NoMapping \(of test_specs\).init made Tensor",
+        ),
         (
             piece_that("AMatrix", update=lambda self, p, site: p.A)(),
-            "AMatrix on this layer returned a Parameter; return site",
+            r"AMatrix \(of test_specs\) on this layer returned a Tensor; return site",
         ),
         (
             piece_that("Swapped", update=lambda self, p, site: site.low_rank(site.zeros(2, 7), p.A))(),
-            r"Swapped on this layer made U \[2, 7\] and V \[5, 2\]; need \[5, r\] and \[r, 7\]",
+            r"Swapped \(of test_specs\) on this layer made U \[2, 7\] and V \[5, 2\]; need \[5, r\] and \[r, 7\]",
         ),
         (
             piece_that("Flat", update=lambda self, p, site: site.dense_update(p.A))(),
-            r"Flat on this layer made an update \[5, 2\]; need \[5, 7\]",
+            r"Flat \(of test_specs\) on this layer made an update \[5, 2\]; need \[5, 7\]",
         ),
         (
             piece_that("Columns", Wrapper, condition=lambda self, w, p, site: w.calibrate_base(site.ones(7)))(
                 LoRA(r=2)
             ),
-            r"Columns on this layer made a row gain \[7\]; need \[5\] or \[1\]",
+            r"Columns \(of test_specs\) on this layer made a row gain \[7\]; need \[5\] or \[1\]",
         ),
         (
             piece_that("Dense", Wrapper, condition=lambda self, w, p, site: site.dense_update(w.dense_update()))(
                 LoRA(r=2, dropout=0.5)
             ),
-            r"Dense on this layer lost its inside's dropout=0.5",
+            r"Dense \(of test_specs\) on this layer lost its inside's dropout=0.5",
         ),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Piece) else "",

@@ -48,6 +48,11 @@ class Form(ABC):
         self.module = module
         self.shape = self._shape()
 
+    @property
+    def layer_type(self) -> str:
+        """What the layer is to a piece: "linear", "convolution" or "embedding"."""
+        return "embedding" if self.one_hot else "convolution" if self.shape.kernel else "linear"
+
     @classmethod
     @abstractmethod
     def claims(cls, module: nn.Module) -> bool:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from adapterzoo.adapter import Adapter
+from adapterzoo.contract import initial_values
 from adapterzoo.errors import MergedError, TrainingError, UninitialisedError, listing
 from adapterzoo.layer import AdaptedLinear, adapted_layers
-from adapterzoo.pieces import Role, initial_values
+from adapterzoo.pieces import Role
 from adapterzoo.watch import trains
 
 _OTHER, _OTHER_NO_DECAY = "other", "other, no decay"
