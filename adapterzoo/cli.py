@@ -13,9 +13,10 @@ from typing import Any, NoReturn
 
 from adapterzoo.ablation.command import add_ablate, add_report
 from adapterzoo.analysis.command import add_count
+from adapterzoo.catalogue.command import add_list, add_show
 from adapterzoo.errors import AdapterError, CommandError, did_you_mean
 
-COMMANDS: tuple[Callable[[Any], None], ...] = (add_count, add_ablate, add_report)
+COMMANDS: tuple[Callable[[Any], None], ...] = (add_count, add_list, add_show, add_ablate, add_report)
 """What adds each command."""
 
 _MISUSE = 2

@@ -18,15 +18,32 @@ class UnknownPieceError(SpecError):
     Args:
         name: what was asked for.
         known: every name that would be valid.
+        broken: installed packages that offer pieces and could not be loaded, with the reasons.
     """
 
-    def __init__(self, name: str, known: Iterable[str]) -> None:
+    def __init__(self, name: str, known: Iterable[str], broken: Sequence[str] = ()) -> None:
         names = sorted(known)
-        super().__init__(f"unknown piece {name!r}; known pieces: {', '.join(names)}{did_you_mean(name, names)}")
+        rest = f"; it may be a piece of a package that could not be loaded:{listing(broken)}" if broken else ""
+        super().__init__(f"unknown piece {name!r}; known pieces: {', '.join(names)}{did_you_mean(name, names)}{rest}")
 
 
 class PieceError(AdapterError, TypeError):
     """A piece breaks the contract of pieces: the fault lies with its author, not with its user."""
+
+
+class NameTakenError(PieceError):
+    """A name that two pieces claim.
+
+    Args:
+        name: the name.
+        holder: whose it is, as a sentence's part.
+        newcomer: who wants it too.
+        how: how to mend it.
+    """
+
+    def __init__(self, name: str, holder: str, newcomer: str, how: str) -> None:
+        self.name = name
+        super().__init__(f"the name {name!r} is taken by {holder}, and {newcomer} wants it too: {how}")
 
 
 class MisfitError(AdapterError, ValueError):

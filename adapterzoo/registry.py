@@ -2,11 +2,14 @@
 
 import ast
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
+from threading import RLock
 from typing import Any, TypeVar
 
 from adapterzoo.contract import declared
-from adapterzoo.errors import PieceError, SpecError, UnknownPieceError
+from adapterzoo.errors import NameTakenError, PieceError, SpecError, UnknownPieceError
+from adapterzoo.installed import Offer, load, offers, package_of, reason
 from adapterzoo.pieces import Generator, Piece, Wrapper
 
 SCHEMA = 1
@@ -15,6 +18,16 @@ SCHEMA = 1
 _PIECES: dict[str, type[Piece]] = {}
 _COMPOSITIONS: dict[str, Callable[..., Piece]] = {}
 _LONGEST_TEXT = 10_000
+
+# Note [Pieces of installed packages]
+# They are looked for when a name is asked for that nobody knows, and when all names are: importing adapterzoo imports
+# no other package. An offer that fails breaks no other name, and leaves none of its own. Where two packages offer one
+# name nobody gets it: else the order would decide what a file means. What a program imports itself is its choice.
+_TRIED: dict[Offer, str] = {}  # why it could not be loaded, "" if it could
+_FOUND: dict[str, Any] = {}  # what was registered while offers were loaded
+_DISPUTED: dict[str, str] = {}
+_LOADING = "it is being loaded"
+_LOOKING = RLock()
 
 P = TypeVar("P", bound=type[Piece])
 C = TypeVar("C", bound=Callable[..., Piece])
@@ -49,20 +62,31 @@ def piece(name: str) -> type[Piece]:
 
     Raises:
         UnknownPieceError: no such name; lists the known ones and the nearest.
+        PieceError: two installed packages offer that name.
     """
     if name not in _PIECES:
-        raise UnknownPieceError(name, _PIECES)
+        _look_around()
+    if name not in _PIECES:
+        raise _unknown(name, _PIECES)
     return _PIECES[name]
 
 
 def pieces() -> dict[str, type[Piece]]:
-    """Every registered piece by name."""
+    """Every piece by name: those of adapterzoo, those that the program registered, those of installed packages."""
+    _look_around()
     return dict(_PIECES)
 
 
 def compositions() -> dict[str, Callable[..., Piece]]:
-    """Every registered named composition by name."""
+    """Every named composition by name, from wherever `pieces` are."""
+    _look_around()
     return dict(_COMPOSITIONS)
+
+
+def broken() -> list[str]:
+    """Installed packages that offer pieces and can't be loaded, each with the reason."""
+    _look_around()
+    return _broken()
 
 
 def parse(text: str) -> Piece:
@@ -135,11 +159,85 @@ def from_json(text: str) -> Piece:
         raise SpecError("a spec that is nested this deeply is refused") from None
 
 
-def _claim(name: str, owner: object) -> None:
-    holder = _PIECES.get(name) or _COMPOSITIONS.get(name)
-    again = (getattr(owner, "__module__", None), getattr(owner, "__qualname__", None))  # a notebook's cell, run twice
+def _claim(name: str, owner: Any) -> None:
+    holder: Any = _PIECES.get(name) or _COMPOSITIONS.get(name) or (_FOUND.get(name) if _is_looking() else None)
+    again = (owner.__module__, owner.__qualname__)  # a notebook's cell, run twice
     if holder is not None and (holder.__module__, holder.__qualname__) != again:
-        raise PieceError(f"the name {name!r} is taken by {holder.__module__}.{name}; choose another")
+        raise NameTakenError(name, _whose(holder), _whose(owner), f"give {owner.__module__}.{name} another name")
+    _DISPUTED.pop(name, None)
+
+
+def _whose(owner: Any) -> str:
+    """A piece by its module, and the package that is from."""
+    package = package_of(owner.__module__)
+    return f"{owner.__module__}.{owner.__qualname__}" + (f" of {package}" if package != owner.__module__ else "")
+
+
+def _is_looking() -> bool:
+    return any(why == _LOADING for why in _TRIED.values())
+
+
+def _look_around() -> None:
+    """Load what installed packages offer, as far as it was not tried before in this process."""
+    with _LOOKING:
+        for offer in offers():
+            if offer not in _TRIED:
+                _TRIED[offer] = _LOADING  # it may ask for a name itself
+                _TRIED[offer] = _take(offer)
+
+
+def _take(offer: Offer) -> str:
+    """Load what a package offers; why that can't be done, "" if it can."""
+    known: dict[str, Any] = {**_COMPOSITIONS, **_PIECES}
+    try:
+        found: Any = load(offer)
+        if isinstance(found, type) and issubclass(found, Piece):
+            register(found)
+        elif found is not None and found not in _COMPOSITIONS.values():
+            return "it is no module and no piece"
+    except NameTakenError as error:
+        _withdraw(known)
+        _dispute(error)
+        return str(error)
+    except Exception as error:  # whatever a package may raise as it is imported
+        _withdraw(known)
+        return reason(error)
+    _FOUND.update({name: kind for name, kind in {**_COMPOSITIONS, **_PIECES}.items() if name not in known})
+    return ""
+
+
+def _withdraw(known: Mapping[str, Any]) -> None:
+    """Forget what a package registered before its import failed; what else it imported stays."""
+    for table in (_PIECES, _COMPOSITIONS):
+        for name in [name for name, kind in table.items() if name not in known and kind.__module__ not in sys.modules]:
+            del table[name]
+
+
+def _dispute(error: NameTakenError) -> None:
+    """Let nobody have a name that two packages offer. One that adapterzoo or the program has stays where it is."""
+    if error.name in _FOUND:
+        _PIECES.pop(error.name, None)
+        _COMPOSITIONS.pop(error.name, None)
+        _DISPUTED[error.name] = f"{error}, or uninstall one of the two packages"
+
+
+def _broken() -> list[str]:
+    return [f"{offer}: {why}" for offer, why in _TRIED.items() if why not in ("", _LOADING)]
+
+
+def _unknown(name: str, known: Mapping[str, Any]) -> SpecError | PieceError:
+    """What to say of a name that nobody has, or that two packages want."""
+    return PieceError(_DISPUTED[name]) if name in _DISPUTED else UnknownPieceError(name, known, _broken())
+
+
+def _maker(name: str) -> Callable[..., Piece]:
+    """The piece or composition of that name."""
+    if name not in _PIECES and name not in _COMPOSITIONS:
+        _look_around()
+    known: dict[str, Callable[..., Piece]] = {**_COMPOSITIONS, **_PIECES}
+    if name not in known:
+        raise _unknown(name, known)
+    return known[name]
 
 
 def _read_spec(node: ast.expr, text: str) -> Piece:
@@ -148,9 +246,7 @@ def _read_spec(node: ast.expr, text: str) -> Piece:
     if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
         raise SpecError(f"{_short(_source(node, text))} in {_short(text)} is not a piece such as LoRA(r=8)")
     name = node.func.id
-    known: dict[str, Callable[..., Piece]] = {**_COMPOSITIONS, **_PIECES}
-    if name not in known:
-        raise UnknownPieceError(name, known)
+    make = _maker(name)
     fields: dict[str, Any] = {}
     for keyword in node.keywords:
         if keyword.arg is None:
@@ -161,7 +257,7 @@ def _read_spec(node: ast.expr, text: str) -> Piece:
         fields[keyword.arg] = _read_spec(keyword.value, text) if is_inside else _read_value(keyword.value, text)
     inside = [_read_spec(argument, text) for argument in node.args]
     try:
-        return known[name](*inside, **fields)
+        return make(*inside, **fields)
     except TypeError as error:  # a named composition given what its function does not take
         raise SpecError(f"{name}: {error}") from None
 
@@ -184,6 +280,8 @@ def _short(text: str) -> str:
 
 def _to_tree(spec: Piece) -> dict[str, Any]:
     name = type(spec).__name__
+    if name in _DISPUTED:
+        raise PieceError(_DISPUTED[name])
     if _PIECES.get(name) is not type(spec):
         raise SpecError(f"{name} is not registered, so nothing could read it back: decorate the class with @register")
     fields = {name: getattr(spec, name) for name in type(spec).model_fields}
