@@ -16,7 +16,10 @@ from adapterzoo.compositions import FLoMAP as FLoMAP
 from adapterzoo.compositions import LoMAP as LoMAP
 from adapterzoo.compositions import PublishedSORA as PublishedSORA
 from adapterzoo.conditioning import MAP as MAP
+from adapterzoo.conditioning import OFT as OFT
 from adapterzoo.conditioning import SORA as SORA
+from adapterzoo.conditioning import BoRA as BoRA
+from adapterzoo.conditioning import ColumnDoRA as ColumnDoRA
 from adapterzoo.conditioning import DoRA as DoRA
 from adapterzoo.conditioning import PreDiag as PreDiag
 from adapterzoo.errors import did_you_mean
@@ -24,7 +27,9 @@ from adapterzoo.layer import AdaptedLinear as AdaptedLinear
 from adapterzoo.layer import adapted_layers as adapted_layers
 from adapterzoo.methods import AdaLoRA as AdaLoRA
 from adapterzoo.methods import FLoRA as FLoRA
+from adapterzoo.methods import Frozen as Frozen
 from adapterzoo.methods import Full as Full
+from adapterzoo.methods import LoKr as LoKr
 from adapterzoo.methods import LoRA as LoRA
 from adapterzoo.plan import Plan as Plan
 from adapterzoo.registry import composition as composition
@@ -58,14 +63,19 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MAP",
+    "OFT",
     "SORA",
     "AdaLoMAP",
     "AdaLoRA",
     "AdaptedLinear",
+    "BoRA",
+    "ColumnDoRA",
     "DoRA",
     "FLoMAP",
     "FLoRA",
+    "Frozen",
     "Full",
+    "LoKr",
     "LoMAP",
     "LoRA",
     "Plan",

@@ -1,4 +1,4 @@
-"""What an adapter may ask of the weight under it: four calls."""
+"""What an adapter may ask of the weight under it: a few calls."""
 
 from collections.abc import Callable
 from math import prod
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adapterzoo.kept import NormCache
-from adapterzoo.wide import in_forward_mode, row_blocks, row_norms_sq
+from adapterzoo.wide import column_norms_sq, in_forward_mode, row_blocks, row_norms_sq
 
 
 class WeightShape(NamedTuple):
@@ -40,9 +40,9 @@ def own_forward(module: nn.Module, kind: type[nn.Module]) -> str | None:
 
 
 class Base(Protocol):
-    """The frozen weight W: [out, in] under an adapter, seen through four calls.
+    """The frozen weight W: [out, in] under an adapter, seen through a few calls.
 
-    A quantised weight implements the same four with its own kernels; nothing else in the library reads W.
+    A quantised weight implements the same ones with its own kernels; nothing else in the library reads W.
     """
 
     @property
@@ -75,6 +75,10 @@ class Base(Protocol):
 
     def row_norms_sq(self) -> Tensor:
         """‖w_i‖² of every row: [out], in float64."""
+        ...
+
+    def column_norms_sq(self) -> Tensor:
+        """The squares of the lengths of the columns: [in], in float64."""
         ...
 
     def dense(self) -> Tensor:
@@ -153,6 +157,13 @@ class DenseBase:
 
     def _row_norms_sq(self, weight: Tensor) -> Tensor:
         return row_norms_sq(weight if self._to_matrix is None else self._to_matrix(weight))
+
+    def column_norms_sq(self) -> Tensor:
+        """The squares of the lengths of the columns: [in] in float64."""
+        return self._norms.get("columns", self.weight, self._column_norms_sq)
+
+    def _column_norms_sq(self, weight: Tensor) -> Tensor:
+        return column_norms_sq(weight if self._to_matrix is None else self._to_matrix(weight))
 
     def dense(self) -> Tensor:
         """W: [out, in]."""

@@ -109,6 +109,9 @@ def _breach(weight: object, out: int, cols: int, inner: FactoredWeight | None) -
         return f"made a row gain {list(weight.delta.shape)}; need [{out}] or [1]"
     if weight.remainder is not None and weight.remainder.shape != (out, cols):
         return f"made an update {list(weight.remainder.shape)}; need [{out}, {cols}]"
+    for term in weight.structured:
+        if term.update.shape != (out, cols):
+            return f"made a Kronecker product {list(term.update.shape)}; need [{out}, {cols}]"
     if inner is not None and inner.dropout and not weight.dropout:
         return f"lost its inside's dropout={inner.dropout}: a dense form has none; set it to 0"
     return None

@@ -17,6 +17,7 @@ def factored_linear(
     bias: Tensor | None = None,
     *,
     remainder: Tensor | None = None,
+    turned: Tensor | None = None,
     dropout: float = 0.0,
     drop_rows: int = 0,
     lean: bool = False,
@@ -46,6 +47,7 @@ def factored_linear(
         V: right factor of the update.
         bias: the layer's own bias: added once, never scaled or rotated.
         remainder: D.
+        turned: what W sees in the place of x, as x Rᵀ of a map of inputs; [..., in].
         dropout: probability of dropping an input element on the way into the first rows of V; 0 in evaluation.
         drop_rows: how many rows of V that concerns.
         lean: keep y, which the next operation often keeps anyway, and not x Wᵀ; then y must not be changed in place.
@@ -62,7 +64,7 @@ def factored_linear(
         PEFT's DoRA also drops inside the base term; here the base term never sees dropout.
     """
     drop = Dropout.draw(x, dropout, drop_rows) if dropout and drop_rows and U is not None else None
-    operands = Operands(x, delta, U, V, bias, remainder)
+    operands = Operands(x, delta, U, V, bias, remainder, turned)
     if not (torch.is_grad_enabled() or in_transform()):
         return forward(base, operands, drop, in_place=not torch.compiler.is_compiling()).y
     base_trains = any(tensor.requires_grad for tensor in base.tensors)

@@ -34,7 +34,7 @@ class Identity:
 
 
 class NormCache:
-    """Row norms of one frozen weight, kept until that weight changes.
+    """Norms of rows and columns of one frozen weight, kept until that weight changes.
 
     The cache is bound to one tensor. Another tensor (functional_call, torch.func, an unmerged copy) is computed
     and not kept; a change of the bound tensor's storage or version is seen; `bind` and `clear` are called where a
@@ -43,7 +43,7 @@ class NormCache:
 
     def __init__(self) -> None:
         self._bound: Identity | None = None
-        self._kept: tuple[State, StorageWeakRef, Tensor] | None = None
+        self._kept: dict[str, tuple[State, StorageWeakRef, Tensor]] = {}
 
     def bind(self, weight: Tensor) -> None:
         """Keep the norms of this tensor from now on."""
@@ -52,7 +52,7 @@ class NormCache:
 
     def clear(self) -> None:
         """Forget the values; the binding stays."""
-        self._kept = None
+        self._kept = {}
 
     def see(self, weight: Tensor) -> None:
         """Forget the values of a weight that trains: fused optimisers change one and leave its `_version` as it was."""
@@ -66,15 +66,20 @@ class NormCache:
             weight: the weight as its layer stores it.
             compute: makes the values of it; of a matrix [out, in] if not given.
         """
+        return self.get("rows", weight, compute)
+
+    def get(self, what: str, weight: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
+        """What `compute` makes of the weight, kept under a name where the weight is the bound one."""
         self.see(weight)
         if torch.compiler.is_compiling() or weight.requires_grad:
             return compute(weight)
         if weight.is_inference() or _is_watched() or self._bound is None or not self._bound.fits(weight):
             return compute(weight)
-        kept, state = self._kept, _state(weight)  # read once: another thread may clear it
+        table = self._kept  # read once: another thread may clear it
+        kept, state = table.get(what), _state(weight)
         if kept is None or state != kept[0]:
             with torch.inference_mode(False), torch.no_grad():
-                kept = self._kept = (state, _hold(weight), compute(weight))
+                kept = table[what] = (state, _hold(weight), compute(weight))
         return kept[2]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "NormCache":

@@ -23,11 +23,18 @@ class Operands(NamedTuple):
     V: Tensor | None
     bias: Tensor | None
     remainder: Tensor | None
+    turned: Tensor | None  # what W sees in the place of x
 
     @property
     def update_trains(self) -> bool:
         """Whether a gradient is wanted of the update itself."""
-        return any(t is not None and t.requires_grad for t in (self.delta, self.U, self.V, self.remainder))
+        own = (self.delta, self.U, self.V, self.remainder)
+        return any(t is not None and t.requires_grad for t in own)
+
+    @property
+    def seen_by_base(self) -> Tensor:
+        """What W is applied to."""
+        return self.x if self.turned is None else self.turned
 
 
 class Dropout(NamedTuple):
@@ -78,8 +85,8 @@ def forward(base: Base, operands: Operands, drop: Dropout | None, in_place: bool
 
     In the memory of x Wᵀ where `in_place` allows it, else by operations that autograd and torch.func can follow.
     """
-    x, delta, U, V, bias, remainder = operands
-    z = base.apply(x, bias if delta is None else None)
+    x, delta, U, V, bias, remainder, _ = operands
+    z = base.apply(operands.seen_by_base, bias if delta is None else None)
     with _without_autocast(x.device.type):
         narrow, total = z.dtype, _at_least_float32(z.dtype)
         rows, y, h = flat(x).to(narrow), flat(z), None
@@ -128,8 +135,8 @@ class FactoredLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
-        saved = ctx.saved_tensors
-        operands, (dropped, h, kept) = Operands(*saved[:6]), saved[6:9]
+        saved, count = ctx.saved_tensors, len(Operands._fields)
+        operands, (dropped, h, kept) = Operands(*saved[:count]), saved[count : count + 3]
         drop = None if dropped is None else Dropout(ctx.p, ctx.drop_rows, dropped)
         wanted = ctx.needs_input_grad[5:]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -148,8 +155,9 @@ def _gradients(
     wanted: tuple[bool, ...],
 ) -> tuple[Any, ...]:
     """The gradients of those operands that want one, in their order."""
-    x, delta, U, V, _, remainder = cast(tuple[Any, ...], operands)  # what is wanted is there
-    for_x, for_delta, for_U, for_V, for_bias, for_remainder = wanted
+    x, delta, U, V, _, remainder, turned = cast(tuple[Any, ...], operands)  # what is wanted is there
+    for_x, for_delta, for_U, for_V, for_bias, for_remainder, for_turned = wanted
+    base_is_at_x = turned is None
     narrow, total = grad.dtype, _at_least_float32(grad.dtype)
     dy, rows = flat(grad), flat(x).to(narrow)
     gain: Any = None if delta is None else (1 + delta).to(total)
@@ -163,16 +171,21 @@ def _gradients(
     dU = (h.mT @ dy).mT.to(U.dtype) if h is not None and for_U else None
     dV = _project_back(dh, rows, drop).to(V.dtype) if for_V else None
     d_remainder = (dy.mT @ rows).to(remainder.dtype) if for_remainder else None
-    if for_x or (for_delta and shared):
+    if (for_x if base_is_at_x else for_turned) or (for_delta and shared):
         with _autocast_of(ctx):
             dx = ctx.base.apply_t(dy if gain is None or shared else (dy * gain).to(narrow)).to(narrow)
     if for_delta and shared:
-        d_delta = _sum_of_products(dx, rows)
+        d_delta = _sum_of_products(dx, rows if base_is_at_x else flat(turned).to(narrow))
     elif for_delta:
         z = _base_product(ctx, operands, h, gain, kept) if ctx.lean else kept
         d_delta = _column_products(dy, flat(z))
+    if dx is not None and shared and (for_x or for_turned):
+        dx = dx.mul_(gain)
+    d_turned = None
+    if not base_is_at_x:
+        d_turned = dx.view(turned.shape).to(turned.dtype) if for_turned else None
+        dx = torch.zeros_like(rows) if for_x else None
     if for_x:
-        dx = dx.mul_(gain) if shared else dx
         dx = dx if U is None else _add_back(dx, dh, V.to(narrow), drop)
         dx = dx if remainder is None else dx.addmm_(dy, remainder.to(narrow))
         dx = dx.view(x.shape).to(x.dtype)
@@ -183,6 +196,7 @@ def _gradients(
         dV,
         d_bias,
         d_remainder,
+        d_turned,
     )
 
 
@@ -210,7 +224,7 @@ def _base_product(ctx: Any, operands: Operands, h: Tensor | None, gain: Tensor, 
     y was rounded with the bias and h Uᵀ in it. Where some row of l∘z is short against that row of y (a gain near zero,
     a large bias, a large update), what is left after subtracting them is round-off.
     """
-    x, _, U, _, bias, remainder = operands
+    _, _, U, _, bias, remainder, _ = operands
     total = gain.dtype
     if remainder is None:
         product = flat(y).to(total) if bias is None else flat(y) - bias.to(total)
@@ -220,7 +234,7 @@ def _base_product(ctx: Any, operands: Operands, h: Tensor | None, gain: Tensor, 
         if bool(((whole <= _LOST * left) & (gain != 0)).all()):
             return product / gain
     with _autocast_of(ctx):
-        z: Tensor = ctx.base.apply(x)
+        z: Tensor = ctx.base.apply(operands.seen_by_base)
     return z
 
 

@@ -2,7 +2,7 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, ClassVar, NamedTuple, Self
@@ -16,6 +16,7 @@ from adapterzoo.errors import SpecError, did_you_mean
 from adapterzoo.factored import FactoredWeight, RightFactor
 from adapterzoo.rules import StepRule
 from adapterzoo.streams import stream
+from adapterzoo.terms import Kronecker, Structured
 from adapterzoo.wide import safe_sqrt
 
 
@@ -68,13 +69,16 @@ class Parameters:
             raise AttributeError(f"no parameter {name!r}; this piece's roles declare {', '.join(self._values)}")
         return self._values[name]
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._values
+
 
 @dataclass(frozen=True)
 class Site:
     """What a piece may know of the layer it sits on.
 
     Args:
-        base: the frozen weight, through its four calls.
+        base: the frozen weight, through its calls.
         dtype: the dtype that factors are built in: the base's, but at least float32.
         layer: name of the layer in its model, "" if it stands alone.
         seed: the user's seed.
@@ -122,6 +126,10 @@ class Site:
         """‖W‖_F: [1]."""
         return safe_sqrt(self.base.row_norms_sq().sum()[None]).to(self.dtype)
 
+    def column_norms(self) -> Tensor:
+        """‖W_:j‖ of the columns: [in]; equal, bit for bit, to FactoredWeight.column_norms() of a zero update."""
+        return safe_sqrt(self.base.column_norms_sq()).to(self.dtype)
+
     def singular_triplets(self, r: int, smallest: bool = False) -> Singular:
         """The r largest singular triplets of W, or the r smallest, exactly: a whole decomposition, for `init` only.
 
@@ -154,6 +162,14 @@ class Site:
     def dense_update(self, D: Tensor) -> FactoredWeight:
         """W + D, with a dense D: [out, in]: for pieces without structure; costs what full fine-tuning costs."""
         return FactoredWeight(self.base, remainder=D)
+
+    def kronecker(self, left: Tensor, right: Tensor) -> FactoredWeight:
+        """W + L ⊗ R, with L: [a, c], R: [b, d], a b = out and c d = in; applied without forming the product."""
+        return FactoredWeight(self.base, structured=(Structured(Kronecker(left, right)),))
+
+    def unchanged(self) -> FactoredWeight:
+        """W itself, for a piece that proposes no update."""
+        return FactoredWeight(self.base)
 
     # Initial values. Every parameter has its own random stream, keyed by (seed, layer, depth, parameter) and drawn in
     # float32 on the CPU: a generator starts equal under every wrapper, dtype and device, and the global generator is
@@ -240,6 +256,11 @@ class Piece(BaseModel):
     def misfit(self, shape: WeightShape) -> str | None:
         """Say why this piece itself (not its inside) does not fit a weight of that shape; None if it fits."""
         return None
+
+    @classmethod
+    def examples(cls, shape: WeightShape) -> Sequence[Mapping[str, Any]]:
+        """Options to check this piece with, on a weight of that shape; none: they are drawn from the fields' limits."""
+        return ()
 
     @abstractmethod
     def init(self, site: Site) -> Mapping[str, Tensor]:

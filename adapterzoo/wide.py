@@ -79,6 +79,27 @@ def _row_squares(base: Tensor, gain: Tensor | None, projected: Tensor | None, le
     return gain * (gain * base + 2 * cross) + own
 
 
+def column_norms_sq(matrix: Tensor) -> Tensor:
+    """‖(Mᵀ)_j‖² of every column of a matrix [out, in]: [in], summed in float64, differentiable; no copy of it."""
+    if matrix.is_meta:
+        return matrix.new_empty(matrix.shape[1], dtype=wide_dtype(matrix.device))
+    return squared_columns(matrix, torch.ones(len(matrix), dtype=wide_dtype(matrix.device), device=matrix.device))
+
+
+def squared_rows(matrix: Tensor, weights: Tensor) -> Tensor:
+    """Σ_j M_ij² v_j, the product (M∘M) v: [out, in], [in] -> [out], in float64, by row blocks; differentiable."""
+    if _takes_plain_form() or matrix.requires_grad:
+        return wide(matrix).square() @ weights
+    return _SquaredRows.apply(matrix, weights)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def squared_columns(matrix: Tensor, weights: Tensor) -> Tensor:
+    """Σ_i M_ij² u_i, the product (M∘M)ᵀ u: [out, in], [out] -> [in], in float64, by row blocks; differentiable."""
+    if _takes_plain_form() or matrix.requires_grad:
+        return weights @ wide(matrix).square()
+    return _SquaredColumns.apply(matrix, weights)  # type: ignore[no-any-return, no-untyped-call]
+
+
 def in_forward_mode() -> bool:
     """Whether forward-mode differentiation is at work."""
     return forward_ad._current_level >= 0
@@ -159,6 +180,33 @@ class _RowSquares(torch.autograd.Function):
         if for_base and gain is not None:
             d_base = grad * gain.square()
         return d_base, d_gain, d_projected, d_left, d_right, None
+
+
+class _SquaredRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor, weights: Tensor) -> Tensor:
+        ctx.save_for_backward(matrix)
+        return torch.cat([wide(block).square() @ weights for block in row_blocks(matrix)])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        return None, squared_columns(ctx.saved_tensors[0], grad)
+
+
+class _SquaredColumns(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, matrix: Tensor, weights: Tensor) -> Tensor:
+        ctx.save_for_backward(matrix)
+        blocks = row_blocks(matrix)
+        total = torch.zeros(matrix.shape[1], dtype=weights.dtype, device=weights.device)
+        parts = weights.split([len(block) for block in blocks])  # type: ignore[no-untyped-call]
+        for block, part in zip(blocks, parts, strict=True):
+            total += part @ wide(block).square()
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        return None, squared_rows(ctx.saved_tensors[0], grad)
 
 
 class _SafeSqrt(torch.autograd.Function):

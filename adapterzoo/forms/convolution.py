@@ -31,6 +31,8 @@ class Convolution(Form):
 
         y = x ⋆ W' + bias = (1 + δ) ∘ (x ⋆ W) + (x ⋆ V) ⋆ U + x ⋆ D + bias
 
+    D is all that is neither δ nor thin, as one kernel.
+
     V is a kernel like W's, applied through the layer's own arguments, in each group by itself; U is a 1×1 convolution.
     Where that costs more than the kernel U V itself, as in depthwise layers, that kernel is formed.
     """
@@ -88,8 +90,9 @@ class Convolution(Form):
         delta = weight.delta
         z = self.plain(x, stored, bias if delta is None else None)
         updates = [self._pair(term) for term in self._terms(x, weight, dropout)]
-        if weight.remainder is not None:
-            updates.append(self.plain(x, self._cast(weight.remainder, z), None))
+        rest = weight.dense_terms()
+        if rest is not None:
+            updates.append(self.plain(x, self._cast(rest, z), None))
         with torch.autocast(x.device.type, enabled=False):
             y, total = z, torch.promote_types(z.dtype, torch.float32)
             if len(updates) > 1:  # a single one is added with one rounding in any case

@@ -80,8 +80,9 @@ class Embedding(Form):
                 y = z * (1 + weight.delta)
             if weight.U is not None and weight.V is not None:
                 y = y + self._project(x, weight, weight.V.value, dropout) @ weight.U.mT
-            if weight.remainder is not None:
-                y = y + F.embedding(x, weight.remainder.mT)
+            rest = weight.dense_terms()
+            if rest is not None:
+                y = y + F.embedding(x, rest.mT)
             if self.module.padding_idx is not None:  # its tokens train nothing, as in the plain layer
                 y = torch.where((x == self.module.padding_idx)[..., None], y.detach(), y)
             return y.to(z.dtype)

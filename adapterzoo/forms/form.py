@@ -80,7 +80,7 @@ class Form(ABC):
         return self.module
 
     def base(self, weight: Tensor, norms: NormCache) -> Base:
-        """The four calls, for a weight in the layer's layout."""
+        """The calls, for a weight in the layer's layout."""
         return DenseBase(weight, norms, self.matrix, self.shape)
 
     @abstractmethod

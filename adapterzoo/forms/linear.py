@@ -3,6 +3,7 @@
 import sys
 from typing import ClassVar, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -10,6 +11,7 @@ from adapterzoo.base import Base, WeightShape, own_forward
 from adapterzoo.factored import FactoredWeight
 from adapterzoo.forms.form import Form, odd_weight, wrong_dtype
 from adapterzoo.functional import factored_linear
+from adapterzoo.terms import Turn
 
 
 class Linear(Form):
@@ -61,19 +63,31 @@ def through_the_kernel(
     x: Tensor, base: Base, weight: FactoredWeight, bias: Tensor | None, dropout: float, lean: bool
 ) -> Tensor:
     """X W'ᵀ + bias: [..., in] -> [..., out], with x Wᵀ by the base that is given."""
-    V = None if weight.V is None else weight.V.value
-    return factored_linear(
+    own = weight.own_turn
+    y = factored_linear(
         x,
         base,
         weight.delta,
         weight.U,
-        V,
+        None if weight.V is None else weight.V.value,
         bias,
         remainder=weight.remainder,
+        turned=None if own is None else own.of_inputs(x),
         dropout=dropout,
         drop_rows=weight.drop_rows,
         lean=lean,
     )
+    extra = [_turned_product(x, base, turn) for turn in weight.other_turns]
+    extra += [term.apply(x.to(y.dtype)) for term in weight.structured]
+    if not extra:
+        return y
+    return sum(extra, start=y.to(torch.promote_types(y.dtype, torch.float32))).to(y.dtype)
+
+
+def _turned_product(x: Tensor, base: Base, turn: Turn) -> Tensor:
+    """G ∘ ((x (R − I)ᵀ) Wᵀ): [..., out]."""
+    assert turn.gain is not None
+    return base.apply(turn.map.change_of_inputs(x)) * turn.gain
 
 
 class Transposed(Linear):

@@ -57,7 +57,7 @@ class Quantised(Form):
         return matrix
 
     def base(self, weight: Tensor, norms: NormCache) -> Base:
-        """The four calls, exact."""
+        """The calls, exact."""
         return self._base(weight, norms)
 
     def bad_input(self, x: Tensor, weight: Tensor) -> str | None:

@@ -48,7 +48,8 @@ class Update:
     """
 
     def __init__(self, weight: FactoredWeight) -> None:
-        thin = weight.delta is None and weight.remainder is None and weight.U is not None and weight.V is not None
+        bulky = weight.delta is not None or weight.remainder is not None or weight.turns or weight.structured
+        thin = not bulky and weight.U is not None and weight.V is not None
         self.right: Tensor | None = None
         if thin and weight.U is not None and weight.V is not None:
             self.left, self.right = _precise(weight.U), _precise(weight.V.value)

@@ -24,7 +24,7 @@ def find(module: nn.Module) -> type[QuantisedBase] | None:
         module: any module of a model.
 
     Returns:
-        A class whose `problem(module)` says whether this one can be adapted, and which makes its four calls.
+        A class whose `problem(module)` says whether this one can be adapted, and which makes its calls.
 
     Example:
         >>> import torch

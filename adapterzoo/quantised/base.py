@@ -11,14 +11,14 @@ from torch.nn import functional as F
 
 from adapterzoo.base import WeightShape
 from adapterzoo.kept import NormCache
-from adapterzoo.wide import in_forward_mode, wide_dtype
+from adapterzoo.wide import column_norms_sq, in_forward_mode, wide_dtype
 
 _BLOCK = 2**20  # elements that are dequantised at a time for norms and thin factors
 _WHOLE = 2**24  # for products with gradients; a library's own backward dequantises all of W
 
 
 class QuantisedBase(ABC):
-    """The frozen weight W: [out, in] of a quantised linear layer, through the four calls of `adapterzoo.base.Base`.
+    """The frozen weight W: [out, in] of a quantised linear layer, through the calls of `adapterzoo.base.Base`.
 
     W is what the codes and their scales say, in float32. It is never formed as a whole but by `dense`.
 
@@ -115,6 +115,10 @@ class QuantisedBase(ABC):
         """‖w_i‖²: [out], in float64, computed once and by blocks."""
         return self._norms.row_norms_sq(self.weight, self._row_norms_sq)
 
+    def column_norms_sq(self) -> Tensor:
+        """The squares of the lengths of the columns: [in], in float64, computed once and by blocks."""
+        return self._norms.get("columns", self.weight, self._column_norms_sq)
+
     def dense(self) -> Tensor:
         """W: [out, in], in float32: 16 bits are coarser than codes times scales."""
         return self.rows(0, self.shape.out_features, torch.float32)
@@ -141,6 +145,12 @@ class QuantisedBase(ABC):
         dtype = wide_dtype(self.device)
         blocks = (self.rows(start, stop, torch.float32) for start, stop in self._ranges(_BLOCK))
         return torch.cat([torch.linalg.vector_norm(block, dim=1, dtype=dtype) for block in blocks]).square()
+
+    def _column_norms_sq(self, weight: Tensor) -> Tensor:
+        total = torch.zeros(self.shape.in_features, dtype=wide_dtype(self.device), device=self.device)
+        for start, stop in self._ranges(_BLOCK):
+            total += column_norms_sq(self.rows(start, stop, torch.float32))
+        return total
 
     def _ranges(self, elements: int) -> Iterator[tuple[int, int]]:
         """Blocks of rows of about that many elements, each from a multiple of `step`."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from adapterzoo.ablation.packing.calls import Call
 from adapterzoo.ablation.packing.sharing import own_places
-from adapterzoo.ablation.packing.stacked import StackedLayer
+from adapterzoo.ablation.packing.stacked import StackedLayer, can_stack
 from adapterzoo.ablation.packing.trees import cropped, joined, parted, shapes
 from adapterzoo.layer import AdaptedLinear
 
@@ -92,7 +92,7 @@ class Host:
 
     def _parts(self, group: Sequence[nn.Module], stacked: bool) -> list[_Part]:
         layers = [module for module in group if isinstance(module, AdaptedLinear)]
-        if not stacked or len(group) == 1 or len(layers) != len(group):
+        if not stacked or len(group) == 1 or len(layers) != len(group) or not can_stack(layers[0]):
             return [_Part(1, module) for module in group]
         self.stacks.append(StackedLayer(layers))
         return [_Part(len(group), self.stacks[-1])]

@@ -16,6 +16,13 @@ from adapterzoo.layer import AdaptedLinear
 from adapterzoo.pieces import Site
 
 
+def can_stack(layer: AdaptedLinear) -> bool:
+    """Whether a layer's update is thin or dense, and has values of its own: those of several runs can be stacked."""
+    with torch.no_grad():
+        weight = layer.factored_weight()
+    return not (weight.turns or weight.structured) and bool(layer.adapter.state_dict())
+
+
 class Stack:
     """Like tensors of several modules in one tensor each: [runs, ...]; every module's own tensors become views of it.
 
@@ -64,10 +71,11 @@ def _tables(modules: Sequence[nn.Module]) -> dict[str, list[Tensor]]:
 
 @dataclass(frozen=True, eq=False)
 class KnownNorms:
-    """A frozen weight with its row norms at hand: under vmap a layer would compute them anew."""
+    """A frozen weight with its norms at hand: under vmap a layer would compute them anew."""
 
     base: Base
     squares: Tensor
+    columns: Tensor
 
     @property
     def shape(self) -> WeightShape:
@@ -100,6 +108,10 @@ class KnownNorms:
     def row_norms_sq(self) -> Tensor:
         """‖w_i‖²: [out], as they were when the runs were packed."""
         return self.squares
+
+    def column_norms_sq(self) -> Tensor:
+        """Those of the columns: [in], as they were when the runs were packed."""
+        return self.columns
 
     def dense(self) -> Tensor:
         """W."""
@@ -147,7 +159,7 @@ class StackedLayer(nn.Module):
         self.__dict__["layers"] = list(layers)  # no submodules: their parameters stay their runs' own
         self.stack = Stack([layer.adapter for layer in layers])
         site = first.site()
-        self._site = replace(site, base=KnownNorms(site.base, site.base.row_norms_sq()))
+        self._site = replace(site, base=KnownNorms(site.base, site.base.row_norms_sq(), site.base.column_norms_sq()))
         self.__dict__["_factors"] = _Factors(first.adapter, self._site)
         self._build = vmap(self._of_one)
 
