@@ -15,8 +15,9 @@ from adapterzoo.ablation.command import add_ablate, add_report
 from adapterzoo.analysis.command import add_count
 from adapterzoo.catalogue.command import add_list, add_show
 from adapterzoo.errors import AdapterError, CommandError, did_you_mean
+from adapterzoo.testing.command import add_check
 
-COMMANDS: tuple[Callable[[Any], None], ...] = (add_count, add_list, add_show, add_ablate, add_report)
+COMMANDS: tuple[Callable[[Any], None], ...] = (add_count, add_list, add_show, add_ablate, add_report, add_check)
 """What adds each command."""
 
 _MISUSE = 2

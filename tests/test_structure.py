@@ -22,7 +22,7 @@ ROOMS = [
     "errors", "streams", "precision", "wide", "kept", "base", "quantised", "terms", "factored", "kernel", "functional",
     "forms", "sharded", "rules", "pieces", "contract", "installed", "registry", "methods", "conditioning", "compositions",
     "adapter", "support", "watch", "layer", "merging", "targets", "plan", "surgery", "training", "checkpoint",
-    "interop", "analysis", "catalogue", "ablation", "cli", "__main__",
+    "interop", "analysis", "catalogue", "ablation", "testing", "cli", "__main__",
 ]  # fmt: skip
 # Pieces, and what carries them, never see each other: that is why any wrapper goes with any generator.
 STRANGERS = {

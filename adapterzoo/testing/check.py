@@ -1,0 +1,139 @@
+"""What a check is: a property of a case, and the cases that it is tried on."""
+
+import functools
+import os
+from collections.abc import Callable, Iterator, Sequence
+
+from adapterzoo.pieces import Generator, Piece, Wrapper, layers_of
+from adapterzoo.testing.case import Case
+from adapterzoo.testing.drawing import alone, deep, layers_for, pairs, seeded
+from adapterzoo.testing.failure import CheckFailedError, NoExampleError
+from adapterzoo.testing.options import Choose
+from adapterzoo.testing.subject import Checkable, Subject
+
+DRAWS = "ADAPTERZOO_DRAWS"
+"""The environment variable that says how many rounds of cases a check runs; one if it is not set."""
+
+Plan = Callable[[Subject, Choose], Iterator[Case]]
+"""The cases of one round."""
+
+
+def everywhere(subject: Subject, choose: Choose) -> Iterator[Case]:
+    """Alone on every kind of layer, in pairs with every registered piece, and two deep."""
+    layers = layers_for(subject)
+    yield from alone(subject, choose, layers)
+    yield from pairs(subject, choose, layers)
+    yield from deep(subject, choose, layers)
+
+
+def by_itself(subject: Subject, choose: Choose) -> Iterator[Case]:
+    """Alone, on every kind of layer."""
+    yield from alone(subject, choose, layers_for(subject))
+
+
+def once(subject: Subject, choose: Choose) -> Iterator[Case]:
+    """Alone, on the first kind of layer."""
+    yield from list(alone(subject, choose, layers_for(subject)[:1]))[:1]
+
+
+def check(
+    plan: Plan = everywhere, only: Callable[[type[Piece]], bool] = lambda kind: True
+) -> "Callable[[Callable[[Case], None]], CheckFunction]":
+    """Make a check of a property of a case (a decorator).
+
+    Args:
+        plan: its cases.
+        only: says of a class of pieces whether the check is for it.
+    """
+    return lambda body: CheckFunction(body, plan, only)
+
+
+class CheckFunction:
+    """A property and its cases: call it with a class of pieces, a spec, the text of one, or a `Case` that failed.
+
+    Args:
+        body: the property: raises a CheckFailedError with a sentence about a case.
+        plan: the cases.
+        only: says of a class whether the check is for it.
+    """
+
+    def __init__(self, body: Callable[[Case], None], plan: Plan, only: Callable[[type[Piece]], bool]) -> None:
+        functools.update_wrapper(self, body)
+        self.name, self._body, self._plan, self._only = body.__name__, body, plan, only
+        self.says = (body.__doc__ or "").strip().splitlines()[0]
+
+    def applies(self, what: Checkable) -> bool:
+        """Whether the check is for it."""
+        return self._only(Subject.of(what).kind)
+
+    def cases(self, what: Checkable, draws: int | None = None, seed: int = 0) -> Iterator[Case]:
+        """The cases that it is tried on.
+
+        Args:
+            what: a class of pieces, a spec, or the text of one.
+            draws: rounds, each with other cases.
+            seed: of all that is drawn.
+
+        Raises:
+            NoExampleError: none of the options that were tried fits a layer.
+        """
+        subject, found = Subject.of(what), False
+        for number in range(_draws() if draws is None else draws):
+            for case in self._plan(subject, seeded(seed, number, self.name, subject.name)):
+                found = True
+                yield case
+        if not found:
+            raise NoExampleError(
+                subject.kind.__name__, f"no options that were tried fit any small layer of {sorted(subject.layers)}"
+            )
+
+    def __call__(self, what: Checkable | Case, *, draws: int | None = None, seed: int = 0) -> None:
+        """Try the property on every case, or on the one that is given.
+
+        Raises:
+            CheckFailedError: it does not hold; says where, and how to see it again.
+        """
+        if isinstance(what, Case):
+            self._try(what, repr(what.piece))
+            return
+        for case in self.cases(what, draws, seed):
+            self._try(case, Subject.of(what).name)
+
+    def of(self, case: Case) -> None:
+        """The property itself, for other checks: its failures carry no name of a check yet."""
+        self._body(case)
+
+    def _try(self, case: Case, who: str) -> None:
+        try:
+            self._body(case)
+        except CheckFailedError as failure:
+            raise CheckFailedError(self._sentence(who, case, str(failure))) from None
+        except Exception as error:
+            raise CheckFailedError(self._sentence(who, case, f"{type(error).__name__}: {error}")) from error
+
+    def _sentence(self, who: str, case: Case, problem: str) -> str:
+        return f"{who} fails {self.name}: {problem}\n    {self.name}({case!r})"
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+def _draws() -> int:
+    return max(1, int(os.environ.get(DRAWS, "1")))
+
+
+def is_wrapper(kind: type[Piece]) -> bool:
+    """Whether a class wraps something."""
+    return issubclass(kind, Wrapper)
+
+
+def parts_of(case: Case) -> Sequence[Piece]:
+    """The pieces of a case, from the outermost wrapper to the generator."""
+    return layers_of(case.piece)
+
+
+def generator_of(case: Case) -> Generator:
+    """The generator of a case."""
+    innermost = parts_of(case)[-1]
+    assert isinstance(innermost, Generator)
+    return innermost

@@ -1,0 +1,117 @@
+"""Which cases a check runs: a piece alone, in pairs with every registered piece, and two deep."""
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from adapterzoo.pieces import Generator, Piece, Wrapper
+from adapterzoo.registry import pieces
+from adapterzoo.testing.case import Case
+from adapterzoo.testing.layers import LAYERS
+from adapterzoo.testing.options import Choose
+from adapterzoo.testing.subject import Subject
+
+_PLACES = 12
+_DEEP = 4
+_SEEDS = range(2**16)
+
+Place = dict[str, Any]
+"""The fields of a case that say on which layer."""
+
+
+def registered(kind: type[Generator] | type[Wrapper], layer_type: str) -> list[type[Piece]]:
+    """Every registered generator or wrapper that sits on layers of a type."""
+    return [each for each in pieces().values() if issubclass(each, kind) and layer_type in each.layers]
+
+
+def drawn_place(choose: Choose, layer: str) -> Place:
+    """A small layer of a kind: fields of a `Case`."""
+    kind = LAYERS[layer]
+    shape, options = choose(kind.shapes), choose(kind.options)
+    if shape[0] % options.get("groups", 1):
+        options = {}
+    return {"layer": layer, "shape": shape, **options}
+
+
+def drawn_case(
+    choose: Choose, subject: Subject, layer: str, chain: Sequence[type[Piece]] = (), inside: int = 0
+) -> Case | None:
+    """The subject on a drawn layer of a kind, among other pieces; None if nothing that fits was found.
+
+    Args:
+        choose: picks.
+        subject: what is checked.
+        layer: the kind of layer.
+        chain: other pieces, from the innermost outwards.
+        inside: how many of them stand inside the subject.
+    """
+    for _ in range(_PLACES):
+        place = drawn_place(choose, layer)
+        shape = Case("", **place).weight_shape
+        links = [*map(Subject, chain[:inside]), subject, *map(Subject, chain[inside:])]
+        spec: Piece | None = None
+        for link in links:
+            spec = link.drawn(shape, choose, spec)
+            if spec is None:
+                break
+        if spec is not None:
+            return Case(spec, seed=choose(_SEEDS), **place)
+    return None
+
+
+def layers_for(subject: Subject, exact: bool = True) -> list[str]:
+    """The kinds of layers that a subject sits on and that can be built here."""
+    return [
+        name
+        for name, kind in LAYERS.items()
+        if kind.layer_type in subject.layers and kind.is_there and kind.exact == exact
+    ]
+
+
+def alone(subject: Subject, choose: Choose, layers: Sequence[str]) -> Iterator[Case]:
+    """The subject by itself on every kind of layer; a wrapper around one generator or another."""
+    for layer in layers:
+        insides = _generators_inside(subject, choose, layer)
+        for inside in insides[:2]:
+            case = drawn_case(choose, subject, layer, inside, len(inside))
+            if case is not None:
+                yield case
+
+
+def pairs(subject: Subject, choose: Choose, layers: Sequence[str]) -> Iterator[Case]:
+    """The subject under every registered wrapper, or around every registered generator, on one layer or another."""
+    partners = registered(Generator if subject.needs_inside else Wrapper, "linear")
+    for partner in partners:
+        own = [layer for layer in layers if LAYERS[layer].layer_type in partner.layers]
+        case = drawn_case(choose, subject, choose(own), [partner], int(subject.needs_inside)) if own else None
+        if case is not None:
+            yield case
+
+
+def deep(subject: Subject, choose: Choose, layers: Sequence[str]) -> Iterator[Case]:
+    """The subject with two other pieces, drawn: two deep."""
+    for _ in range(_DEEP):
+        layer = choose(layers)
+        wrappers = registered(Wrapper, LAYERS[layer].layer_type)
+        if not wrappers:
+            return
+        generators = registered(Generator, LAYERS[layer].layer_type) if subject.needs_inside else []
+        chain = [choose(generators)] if generators else []
+        chain += [choose(wrappers) for _ in range(2 - len(chain))]
+        inside = choose([1, 2]) if subject.needs_inside else 0
+        case = drawn_case(choose, subject, layer, chain, inside)
+        if case is not None:
+            yield case
+
+
+def _generators_inside(subject: Subject, choose: Choose, layer: str) -> list[list[type[Piece]]]:
+    """Two ways to fill a wrapper; a subject that needs no inside is drawn twice."""
+    if not subject.needs_inside:
+        return [[], []]
+    generators = registered(Generator, LAYERS[layer].layer_type)
+    return [[choose(generators)] for _ in range(2)] if generators else []
+
+
+def seeded(*words: object) -> Choose:
+    """Choices that follow from some words."""
+    return random.Random(" ".join(map(str, words))).choice

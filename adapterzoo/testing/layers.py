@@ -1,0 +1,116 @@
+"""The kinds of layers that checks run on, and small shapes for each."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from adapterzoo.testing.case import Case
+
+_TOKENS = 6
+
+
+def _as_it_is(layer: nn.Module) -> nn.Module:
+    return layer
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """How to build a layer and its inputs.
+
+    Args:
+        layer_type: what it is to a piece.
+        build: makes the layer of a case, with any values, on the CPU.
+        inputs: makes a batch of a case.
+        shapes: small shapes of its weight, as `Case` takes them.
+        options: other fields of a case that suit each shape.
+        finish: what is done to the layer once it has its values.
+        stores_transposed: whether it stores Wᵀ.
+        package: what has to be installed for it.
+        exact: whether its weight is an ordinary one, of any dtype.
+    """
+
+    layer_type: str
+    build: "Callable[[Case], nn.Module]"
+    inputs: "Callable[[Case, torch.Generator], Tensor]"
+    shapes: tuple[tuple[int, ...], ...]
+    options: tuple[Mapping[str, Any], ...] = ({},)
+    finish: Callable[[nn.Module], nn.Module] = _as_it_is
+    stores_transposed: bool = False
+    package: str = "torch"
+    exact: bool = True
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the package that it needs is installed."""
+        return find_spec(self.package) is not None
+
+
+def _linear(case: "Case") -> nn.Module:
+    return nn.Linear(case.shape[1], case.shape[0], case.bias)
+
+
+def _transposed(case: "Case") -> nn.Module:
+    from transformers.pytorch_utils import Conv1D
+
+    made: nn.Module = Conv1D(case.shape[0], case.shape[1])
+    return made
+
+
+def _convolution(case: "Case") -> nn.Module:
+    out, channels, *kernel = case.shape
+    own: dict[str, Any] = {"stride": case.stride, "padding": case.padding, "groups": case.groups, "bias": case.bias}
+    return nn.Conv2d(channels * case.groups, out, (kernel[0], kernel[1]), **own)
+
+
+def _embedding(case: "Case") -> nn.Module:
+    return nn.Embedding(case.shape[1], case.shape[0])
+
+
+def _quantise(layer: nn.Module) -> nn.Module:
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    quantize_(layer, Int8WeightOnlyConfig())
+    return layer
+
+
+def _vectors(case: "Case", draw: torch.Generator) -> Tensor:
+    return torch.randn(2, _TOKENS, case.shape[1], generator=draw, dtype=torch.float64).to(case.torch_dtype)
+
+
+def _images(case: "Case", draw: torch.Generator) -> Tensor:
+    channels = case.shape[1] * case.groups
+    return torch.randn(2, channels, 5, 4, generator=draw, dtype=torch.float64).to(case.torch_dtype)
+
+
+def _tokens(case: "Case", draw: torch.Generator) -> Tensor:
+    return torch.randint(case.shape[1], (2, _TOKENS), generator=draw)
+
+
+_MATRICES = ((6, 4), (4, 7), (8, 6), (5, 3), (3, 8), (1, 5), (5, 1), (9, 6))
+_KERNELS = ((6, 4, 3, 2), (4, 3, 1, 1), (6, 2, 2, 2), (5, 1, 2, 3), (8, 4, 1, 2))
+_KERNEL_OPTIONS: tuple[Mapping[str, Any], ...] = (
+    {},
+    {"bias": False, "stride": 2, "padding": 1},
+    {"groups": 2, "padding": 1},
+    {"stride": 2},
+    {"groups": 2, "bias": False},
+)
+
+LAYERS: dict[str, LayerKind] = {
+    "linear": LayerKind("linear", _linear, _vectors, _MATRICES, ({}, {"bias": False})),
+    "transposed": LayerKind(
+        "linear", _transposed, _vectors, _MATRICES, stores_transposed=True, package="transformers"
+    ),
+    "convolution": LayerKind("convolution", _convolution, _images, _KERNELS, _KERNEL_OPTIONS),
+    "embedding": LayerKind("embedding", _embedding, _tokens, _MATRICES, stores_transposed=True),
+    "quantised": LayerKind(
+        "linear", _linear, _vectors, ((16, 32), (32, 16)), ({}, {"bias": False}), _quantise,
+        package="torchao", exact=False,
+    ),
+}  # fmt: skip
+"""Every kind by the name that a case gives it."""
