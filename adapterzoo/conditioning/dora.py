@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from adapterzoo.factored import FactoredWeight
-from adapterzoo.pieces import Parameters, Role, Site, Wrapper
+from adapterzoo.pieces import Parameters, Promise, Role, Site, Wrapper
 from adapterzoo.registry import register
 
 
@@ -53,6 +53,17 @@ class DoRA(Wrapper):
         gain = params.magnitude / torch.where(lives, norms, torch.inf)
         stays = (~lives & (site.base.row_norms_sq() == 0)).to(gain.dtype)
         return inner.mix(gain + stays, gain)
+
+    def dense(self, inner: Tensor, params: Parameters, site: Site) -> Tensor:
+        """Row by row, w'_i = m_i w_i / ‖w_i‖ of the inside's rows; zero where w_i is."""
+        norms = torch.linalg.vector_norm(inner, dim=1, keepdim=True)
+        norms = norms.detach() if self.detach_norm else norms
+        return params.magnitude[:, None] * torch.where(norms > 0, inner / torch.where(norms > 0, norms, 1), 0)
+
+    def promises(self, inner: Tensor, weight: Tensor, params: Parameters, site: Site) -> Mapping[str, Promise]:
+        """The rows of W' are as long as the magnitudes say."""
+        lengths = torch.where(inner.norm(dim=1) > 0, params.magnitude.abs(), 0)
+        return {"every row of W' is |m| long, where the inside's row is not zero": (weight.norm(dim=1), lengths)}
 
     def neutral_magnitudes(self, inner: FactoredWeight, site: Site) -> Mapping[str, Tensor]:
         """m = the row norms of the inside."""

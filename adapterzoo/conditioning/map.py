@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from adapterzoo.factored import FactoredWeight
-from adapterzoo.pieces import Parameters, Role, Site, Wrapper
+from adapterzoo.pieces import Parameters, Promise, Role, Site, Wrapper
 from adapterzoo.registry import register
 from adapterzoo.wide import wide
 
@@ -70,6 +70,28 @@ class MAP(Wrapper):
         base_gain = torch.where(lives, params.alpha / torch.where(lives, size, 1), 1)
         update_gain = wide(params.beta) / self._length(inner, site)
         return inner.mix(base_gain, update_gain.to(size.dtype))
+
+    def dense(self, inner: Tensor, params: Parameters, site: Site) -> Tensor:
+        """Of the whole matrices, or of every row: α W / ‖W‖ + β Δ / max(‖Δ‖, floor)."""
+        base = site.base.dense().to(inner.dtype)
+        length, floor, size = self._lengths(base, inner)
+        gain = params.beta[:, None] / torch.maximum(length, floor)
+        return params.alpha[:, None] * base / size + gain * (inner - base)
+
+    def promises(self, inner: Tensor, weight: Tensor, params: Parameters, site: Site) -> Mapping[str, Promise]:
+        """The length of the update is β, above the floor."""
+        base = site.base.dense().to(inner.dtype)
+        length, floor, size = self._lengths(base, inner)
+        found, _, _ = self._lengths(params.alpha[:, None] * base / size, weight)
+        expected = params.beta.abs()[:, None] * (length / floor).clamp_max(1)
+        return {"‖W' − α W / ‖W‖‖ is |β|, or less in proportion where ‖Δ‖ is below the floor": (found, expected)}
+
+    def _lengths(self, base: Tensor, other: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """‖other − base‖, its floor, and ‖base‖ or 1, of the matrices: [1, 1], or of every row: [out, 1]."""
+        over = (0, 1) if self.per == "matrix" else (1,)
+        length, size = (torch.linalg.vector_norm(each, dim=over, keepdim=True) for each in (other - base, base))
+        size = torch.where(size > 0, size, 1)
+        return length, size * 0 + _LITERAL_FLOOR if self.floor == "literal" else self.floor * size, size
 
     def held_magnitudes(self, inner: FactoredWeight, params: Parameters, site: Site) -> Mapping[str, Tensor]:
         """β in proportion to ‖Δ‖_F; below the floor as it is."""

@@ -6,7 +6,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from adapterzoo.factored import FactoredWeight
-from adapterzoo.pieces import Parameters, Role, Site, Wrapper
+from adapterzoo.pieces import Parameters, Promise, Role, Site, Wrapper
 from adapterzoo.registry import register
 
 
@@ -41,3 +41,15 @@ class PreDiag(Wrapper):
     def condition(self, inner: FactoredWeight, params: Parameters, site: Site) -> FactoredWeight:
         """δ ← δ + (d − 1)."""
         return inner.calibrate_base(params.diag - 1)
+
+    def dense(self, inner: Tensor, params: Parameters, site: Site) -> Tensor:
+        """Row by row, d_i w_i + Δ_i."""
+        base = site.base.dense().to(inner.dtype)
+        return params.diag[:, None] * base + (inner - base)
+
+    def promises(self, inner: Tensor, weight: Tensor, params: Parameters, site: Site) -> Mapping[str, Promise]:
+        """Only the base is calibrated."""
+        base = site.base.dense().to(inner.dtype)
+        return {
+            "what is added to diag(d) W is the inside's update": (weight - params.diag[:, None] * base, inner - base)
+        }

@@ -1,6 +1,7 @@
 """SORA: a trained rotation of the output space, from a thin skew matrix."""
 
 from collections.abc import Mapping
+from functools import reduce
 from typing import ClassVar, Literal
 
 import torch
@@ -8,8 +9,9 @@ from pydantic import Field
 from torch import Tensor
 
 from adapterzoo.base import WeightShape
+from adapterzoo.conditioning.rotations import cayley_middle, exp_middle
 from adapterzoo.factored import FactoredWeight
-from adapterzoo.pieces import Parameters, Role, Site, Wrapper
+from adapterzoo.pieces import Parameters, Promise, Role, Site, Wrapper
 from adapterzoo.registry import register
 from adapterzoo.wide import wide_product
 
@@ -88,31 +90,26 @@ class SORA(Wrapper):
         if self.map == "first_order":
             return left, right
         small = wide_product(right, left)
-        middle = _cayley_middle(small) if self.map == "cayley" else _exp_middle(small)
+        middle = cayley_middle(small) if self.map == "cayley" else exp_middle(small)
         return wide_product(left, middle).to(C.dtype), right
 
+    def dense(self, inner: Tensor, params: Parameters, site: Site) -> Tensor:
+        """R W_inner, with the whole skew matrix P and the whole R: [out, out]."""
+        C, E = params.C, params.D - params.C
+        if self.damping is not None:
+            E = E * torch.clamp(self.damping / (C.norm() + params.D.norm() + 1e-6), max=1)
+        P, one = E @ C.mT - C @ E.mT, torch.eye(len(C), dtype=C.dtype, device=C.device)
+        if self.map == "cayley":
+            turn: Tensor = torch.linalg.solve(one - P / 2, one + P / 2)
+            return turn @ inner
+        turn = one + P
+        if self.map == "exp":  # its series: torch's matrix_exp is off by 1e-10
+            turn = reduce(lambda rest, n: one + P @ rest / n, range(60, 0, -1), one)
+        return turn @ inner
 
-def _cayley_middle(Z: Tensor) -> Tensor:
-    """(I − Z/2)⁻¹: [2k, 2k]."""
-    # There always is one: Z has the eigenvalues of a skew matrix. `inv` would stop a GPU to ask whether there is.
-    inverse: Tensor = torch.linalg.inv_ex(torch.eye(len(Z), dtype=Z.dtype, device=Z.device) - Z / 2).inverse
-    return inverse
-
-
-# Note [Not torch.linalg.matrix_exp]
-# φ is a block of exp([[Z, I], [0, 0]]), but torch's matrix exponential is off by up to 1e-10 in float64 for small
-# norms, and its backward loses digits in proportion to the size of the incoming gradient. So: the series of φ at
-# Z/2^12, then twelve doublings of φ and of M = exp(Z) − I, from which nothing cancels:
-# φ(2Z) = φ(Z) + M φ(Z)/2 and M(2Z) = 2M + M². Exact to round-off for turns by up to 3000 rad.
-def _exp_middle(Z: Tensor, halvings: int = 12, terms: int = 16) -> Tensor:
-    """φ(Z) = Σ Zⁿ / (n + 1)!: [2k, 2k]."""
-    identity = torch.eye(len(Z), dtype=Z.dtype, device=Z.device)
-    small = Z / 2**halvings
-    phi = identity
-    for n in range(terms + 1, 1, -1):
-        phi = identity + small @ phi / n
-    change = small @ phi
-    for _ in range(halvings):
-        phi = phi + change @ phi / 2
-        change = 2 * change + change @ change
-    return phi
+    def promises(self, inner: Tensor, weight: Tensor, params: Parameters, site: Site) -> Mapping[str, Promise]:
+        """A rotation keeps lengths."""
+        if self.map == "first_order":
+            return {}
+        values = torch.linalg.svdvals(weight), torch.linalg.svdvals(inner)
+        return {"singular values are kept": values, "column norms are kept": (weight.norm(dim=0), inner.norm(dim=0))}

@@ -101,6 +101,11 @@ class AdaLoRA(RankScaled):
         lam = params.lam + (params.lam * params.mask - params.lam).detach()
         return site.low_rank(params.P * (self.scale * lam), params.Q, dropout=self.dropout)
 
+    def dense(self, params: Parameters, site: Site) -> Tensor:
+        """(alpha / r) P diag(λ ∘ mask) Q; what the mask takes away has λ's gradient all the same."""
+        lam = params.lam - (params.lam * (1 - params.mask)).detach()
+        return self.numerator / self.r * (params.P @ torch.diag(lam) @ params.Q)
+
     def penalty(self, params: Parameters, siblings: int) -> Tensor | None:
         """γ (‖PᵀP − I‖_F + ‖QQᵀ − I‖_F) / (2 siblings), with the subgradient 0 where a norm is 0."""
         if self.orth_weight == 0:

@@ -51,9 +51,8 @@ class FLoRA(Generator):
         Si et al., arXiv 2405.14739: the Tucker form of tensors of any order, and its matrix case.
 
     Deviations:
-        Here A writes the output and B reads the input, as in the paper's ΔW = A G B. The published code needs a rank
-        for every mode, counts r_in on all inputs, so that it fails on grouped convolutions, and forms ΔW. The authors'
-        two other code bases draw A and B from other distributions (N(0, 0.02²); kaiming uniform) and divide by a rank.
+        The published code needs a rank for every mode, counts r_in on all inputs, so that it fails on grouped
+        convolutions, and forms ΔW. The authors' two other code bases draw A and B from other distributions.
     """
 
     roles: ClassVar[Mapping[str, Role]] = {
@@ -108,10 +107,7 @@ class FLoRA(Generator):
         }
 
     def update(self, params: Parameters, site: Site) -> FactoredWeight:
-        """U = A, V = scale core B; or U = A scale core, V = B where r_in < r_out: the rank is the smaller of both.
-
-        On a convolution U = A, and V goes in two steps: B, and the core expanded to the kernel.
-        """
+        """U = A, V = scale core B, or U = A scale core, V = B if that is thinner; a convolution: V in two steps."""
         core = self.scale * params.core
         if site.shape.kernel:
             for name in _KERNEL_MODES[: len(self.ranks) - 2]:
@@ -124,3 +120,11 @@ class FLoRA(Generator):
             return site.low_rank(params.A, rows, dropout=self.dropout)
         columns = einsum(params.A, core, "rows r_out, r_out r_in -> rows r_in")
         return site.low_rank(columns, params.B, dropout=self.dropout)
+
+    def dense(self, params: Parameters, site: Site) -> Tensor:
+        """Every mode of scale · core times its factor."""
+        kernel = self.scale * params.core
+        factors = [params.A.mT, params.B, *(getattr(params, name) for name in _KERNEL_MODES if name in params)]
+        for mode, factor in enumerate(factors):
+            kernel = torch.tensordot(kernel, factor, dims=([mode], [0])).movedim(-1, mode)
+        return kernel.flatten(1)

@@ -40,3 +40,7 @@ class Full(Generator):
     def update(self, params: Parameters, site: Site) -> FactoredWeight:
         """D = delta."""
         return site.dense_update(params.delta)
+
+    def dense(self, params: Parameters, site: Site) -> Tensor:
+        """Delta itself."""
+        return params.delta

@@ -62,3 +62,8 @@ class LoRA(RankScaled):
         """U = s B, V = A."""
         columns = params.B if self.scale == 1 else self.scale * params.B
         return site.low_rank(columns, params.A, dropout=self.dropout)
+
+    def dense(self, params: Parameters, site: Site) -> Tensor:
+        """(alpha / r) B A, or (alpha / √r) B A."""
+        divisor = self.r**0.5 if self.rslora else self.r
+        return self.numerator / divisor * (params.B @ params.A)
