@@ -11,5 +11,6 @@ CLAIMS = (
     "compiled",
     "growth",
     "merge_and_init_7b",
+    "every_piece",
     "packing",
 )
