@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from adapterzoo.base import WeightShape
 from adapterzoo.layer import AdaptedLinear
 from adapterzoo.pieces import Piece, Role, layers_of
-from adapterzoo.registry import parse, pieces
+from adapterzoo.registry import from_json, parse, pieces, to_json
 from adapterzoo.testing.layers import LAYERS
 
 NAME = "checked"
@@ -22,7 +22,7 @@ class Case:
     """A composition on one layer. `repr` pastes back, and the same case gives the same bits.
 
     Args:
-        spec: the composition, or its text.
+        spec: the composition, its text, or its JSON.
         layer: "linear", "transposed", "convolution", "embedding" or "quantised".
         shape: (out, in), or of a convolution (out, in/groups, height, width).
         bias: whether the layer has a bias, where it can have one.
@@ -53,7 +53,9 @@ class Case:
     @property
     def piece(self) -> Piece:
         """The composition."""
-        return parse(self.spec) if isinstance(self.spec, str) else self.spec
+        if isinstance(self.spec, Piece):
+            return self.spec
+        return from_json(self.spec) if self.spec.startswith("{") else parse(self.spec)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -119,12 +121,13 @@ class Case:
         return f"Case({', '.join([self._text(), repr(self.layer), repr(self.shape), *rest])})"
 
     def _text(self) -> str:
-        """The spec as it pastes: its text in quotes where every piece is known by name."""
+        """The spec as it pastes: its text in quotes, or as JSON, where every piece is known by name."""
         if isinstance(self.spec, str):
             return repr(self.spec)
         known = pieces()
-        by_name = all(known.get(type(piece).__name__) is type(piece) for piece in layers_of(self.spec))
-        return repr(repr(self.spec)) if by_name else repr(self.spec)
+        if any(known.get(type(piece).__name__) is not type(piece) for piece in layers_of(self.spec)):
+            return repr(self.spec)
+        return repr(repr(self.spec) if parse(repr(self.spec)) == self.spec else to_json(self.spec))
 
 
 def perturb(layer: AdaptedLinear, draw: torch.Generator) -> None:

@@ -1,10 +1,10 @@
 """Which cases a check runs: a piece alone, in pairs with every registered piece, and two deep."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
-from adapterzoo.pieces import Generator, Piece, Wrapper
+from adapterzoo.pieces import LAYER_TYPES, Generator, Piece, Wrapper
 from adapterzoo.registry import pieces
 from adapterzoo.testing.case import Case
 from adapterzoo.testing.layers import LAYERS
@@ -19,9 +19,9 @@ Place = dict[str, Any]
 """The fields of a case that say on which layer."""
 
 
-def registered(kind: type[Generator] | type[Wrapper], layer_type: str) -> list[type[Piece]]:
-    """Every registered generator or wrapper that sits on layers of a type."""
-    return [each for each in pieces().values() if issubclass(each, kind) and layer_type in each.layers]
+def registered(kind: type[Generator] | type[Wrapper], layer_types: Collection[str] = LAYER_TYPES) -> list[type[Piece]]:
+    """Every registered generator or wrapper that sits on a layer of one of some types."""
+    return [each for each in pieces().values() if issubclass(each, kind) and each.layers & set(layer_types)]
 
 
 def drawn_place(choose: Choose, layer: str) -> Place:
@@ -79,11 +79,19 @@ def alone(subject: Subject, choose: Choose, layers: Sequence[str]) -> Iterator[C
 
 
 def pairs(subject: Subject, choose: Choose, layers: Sequence[str]) -> Iterator[Case]:
-    """The subject under every registered wrapper, or around every registered generator, on one layer or another."""
-    partners = registered(Generator if subject.needs_inside else Wrapper, "linear")
-    for partner in partners:
-        own = [layer for layer in layers if LAYERS[layer].layer_type in partner.layers]
-        case = drawn_case(choose, subject, choose(own), [partner], int(subject.needs_inside)) if own else None
+    """The subject with every registered piece, each on one layer or another.
+
+    Under every wrapper; and a class of wrappers around every generator, and around every wrapper of a drawn one.
+    """
+    chains: list[tuple[list[type[Piece]], int]] = []
+    if subject.needs_inside:
+        chains += [([each], 1) for each in registered(Generator)]
+    for wrapper in registered(Wrapper):
+        generators = registered(Generator, wrapper.layers) if subject.needs_inside else []
+        chains.append(([choose(generators), wrapper], 2) if generators else ([wrapper], 0))
+    for chain, inside in chains:
+        own = [layer for layer in layers if all(LAYERS[layer].layer_type in each.layers for each in chain)]
+        case = drawn_case(choose, subject, choose(own), chain, inside) if own else None
         if case is not None:
             yield case
 
@@ -92,14 +100,12 @@ def deep(subject: Subject, choose: Choose, layers: Sequence[str]) -> Iterator[Ca
     """The subject with two other pieces, drawn: two deep."""
     for _ in range(_DEEP):
         layer = choose(layers)
-        wrappers = registered(Wrapper, LAYERS[layer].layer_type)
-        if not wrappers:
+        wrappers = registered(Wrapper, {LAYERS[layer].layer_type})
+        generators = registered(Generator, {LAYERS[layer].layer_type})
+        if not wrappers or not generators:
             return
-        generators = registered(Generator, LAYERS[layer].layer_type) if subject.needs_inside else []
-        chain = [choose(generators)] if generators else []
-        chain += [choose(wrappers) for _ in range(2 - len(chain))]
-        inside = choose([1, 2]) if subject.needs_inside else 0
-        case = drawn_case(choose, subject, layer, chain, inside)
+        chain = [choose(generators), choose(wrappers)] if subject.needs_inside else [choose(wrappers), choose(wrappers)]
+        case = drawn_case(choose, subject, layer, chain, choose([1, 2]) if subject.needs_inside else 0)
         if case is not None:
             yield case
 
@@ -108,7 +114,7 @@ def _generators_inside(subject: Subject, choose: Choose, layer: str) -> list[lis
     """Two ways to fill a wrapper; a subject that needs no inside is drawn twice."""
     if not subject.needs_inside:
         return [[], []]
-    generators = registered(Generator, LAYERS[layer].layer_type)
+    generators = registered(Generator, {LAYERS[layer].layer_type})
     return [[choose(generators)] for _ in range(2)] if generators else []
 
 

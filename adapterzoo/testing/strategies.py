@@ -55,8 +55,8 @@ def compositions(draw: DrawFn, shape: WeightShape, depth: int = 3, layer_type: s
         depth: the most wrappers.
         layer_type: of the layer that it has to sit on.
     """
-    spec = _fitting(draw, draw(st.sampled_from(registered(Generator, layer_type))), shape, None)
-    for kind in draw(st.lists(st.sampled_from(registered(Wrapper, layer_type)), max_size=depth)):
+    spec = _fitting(draw, draw(st.sampled_from(registered(Generator, {layer_type}))), shape, None)
+    for kind in draw(st.lists(st.sampled_from(registered(Wrapper, {layer_type})), max_size=depth)):
         spec = _fitting(draw, kind, shape, spec)
     return spec
 

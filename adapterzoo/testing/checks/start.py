@@ -28,6 +28,7 @@ def check_start(case: Case) -> None:
 
 
 def _check_neutral(case: Case, layer: AdaptedLinear) -> None:
+    require(bool(layer.delta_weight().isfinite().all()), f"W' of {case.piece} is not finite at the start")
     largest = float(layer.delta_weight().detach().abs().max())
     require(
         largest == 0,
