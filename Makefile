@@ -14,7 +14,7 @@ help:
 	@echo "make test       the tests ($(WORKERS) processes; WORKERS=n for more)"
 	@echo "make test-long  the property tests with ten times the draws"
 	@echo "make check      format, lint, types, doctests"
-	@echo "make figures    the pictures of docs/, and what quantised kernels round"
+	@echo "make figures    the pictures of docs/, what quantised kernels round, and what each piece can do"
 	@echo "make bench      speed and memory against PEFT, about 25 minutes; QUICK=1: 3; BENCH=linear_step: one claim"
 	@echo "make study      AdaLoRA's ranks on MiniLM, about an hour; goes on where it was stopped"
 	@echo "make study-wrappers  wrappers x generators on MiniLM, about an hour; goes on where it was stopped"
@@ -49,6 +49,7 @@ demo: $(VENV)/.ready
 figures: $(VENV)/.ready
 	$(BIN)/python docs/figures/map_start.py
 	$(BIN)/python docs/figures/quantised_norms.py
+	$(BIN)/python docs/figures/capabilities.py
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks $(BENCH) --threads $(THREADS) $(if $(QUICK),--quick)
