@@ -325,6 +325,38 @@ class DrawsInItsDtype(Sound):
         return {**super().init(site), "A": A.to(site.base.device)}
 
 
+# Training.
+
+
+@mutant("check_neutral", "it has no neutral_magnitudes")
+class MeasuresItsInside(Wrapper):
+    """W' = diag(m / n) W_inner, with m that starts as the row norms of W."""
+
+    roles: ClassVar[Mapping[str, Role]] = {"m": Role.MAGNITUDE}
+
+    def init(self, site):
+        return {"m": site.row_norms()}
+
+    def condition(self, inner, params, site):
+        norms = inner.row_norms()
+        return inner.scale_rows(params.m / torch.where(norms > 0, norms, 1))
+
+
+@mutant("check_training", "of held_magnitudes, against m")
+class HoldsAnotherMagnitude(MeasuresItsInside):
+    def neutral_magnitudes(self, inner, site):
+        return {"m": inner.row_norms()}
+
+    def held_magnitudes(self, inner, params, site):
+        return {"m": params.m * inner.row_norms()}
+
+
+@mutant("check_training", "not a finite []")
+class PenalisesWithAVector(Sound):
+    def penalty(self, params, siblings):
+        return params.A.square().sum(dim=1) / siblings
+
+
 # Dtypes, devices, compile.
 
 

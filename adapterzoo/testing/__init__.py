@@ -27,6 +27,8 @@ from adapterzoo.testing.checks.merging import check_merge as check_merge
 from adapterzoo.testing.checks.norms import check_norms as check_norms
 from adapterzoo.testing.checks.promises import check_promises as check_promises
 from adapterzoo.testing.checks.start import check_start as check_start
+from adapterzoo.testing.checks.training import check_neutral as check_neutral
+from adapterzoo.testing.checks.training import check_training as check_training
 from adapterzoo.testing.checks.values import check_gradients as check_gradients
 from adapterzoo.testing.checks.values import check_values as check_values
 from adapterzoo.testing.failure import CheckFailedError as CheckFailedError

@@ -131,8 +131,9 @@ class Case:
 
 
 def perturb(layer: AdaptedLinear, draw: torch.Generator) -> None:
-    """Move every trained value: by a third of its own size, or of the base's where it starts at zero.
+    """Move every trained value: by a third of its own size, and not by less than a sixth of the base's.
 
+    An update that is tiny beside W would lose its digits in W_inner − W, which slow truths may form.
     A mask of ranks (a buffer that runs along them) is drawn too, with at least one rank left; other buffers are state
     that the piece itself has made, and stay.
     """
@@ -143,7 +144,7 @@ def perturb(layer: AdaptedLinear, draw: torch.Generator) -> None:
             size = _rms(value)
             with torch.no_grad():
                 if part.roles[name] is not Role.BUFFER:
-                    value.add_((0.3 * (size or unit) * noise).to(value))
+                    value.add_((0.3 * max(size, unit / 2) * noise).to(value))
                 elif name in part.spec.rank_axes and value.dim() == 1 and bool((value == 1).all()):
                     value.copy_((noise < 0.7).to(value))
                     value[noise.argmin()] = 1

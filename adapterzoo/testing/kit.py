@@ -16,13 +16,15 @@ from adapterzoo.testing.checks.merging import check_merge
 from adapterzoo.testing.checks.norms import check_norms
 from adapterzoo.testing.checks.promises import check_promises
 from adapterzoo.testing.checks.start import check_start
+from adapterzoo.testing.checks.training import check_neutral, check_training
 from adapterzoo.testing.checks.values import check_gradients, check_values
 from adapterzoo.testing.failure import CheckFailedError
 from adapterzoo.testing.subject import Checkable
 
 CHECKS: tuple[CheckFunction, ...] = (
     check_contract, check_purity, check_text, check_start, check_values, check_gradients, check_promises, check_norms,
-    check_merge, check_files, check_dropout, check_draws, check_dtypes, check_devices, check_compile,
+    check_merge, check_files, check_dropout, check_neutral, check_training, check_draws, check_dtypes, check_devices,
+    check_compile,
 )  # fmt: skip
 """Every check, in the order in which a piece is best mended."""
 

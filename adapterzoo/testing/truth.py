@@ -33,14 +33,15 @@ class Truth:
     @cached_property
     def found(self) -> Mapping[str, Tensor]:
         """ "weight", "update", "forward", "gradient of x" and "gradient of NAME" for every parameter."""
-        return self._measured(0.0)
+        return self._measured(0.0, torch.float64)
 
     @cached_property
     def _moved(self) -> Mapping[str, Tensor]:
-        return self._measured(self.tolerance.jitter)
+        return self._measured(self.tolerance.jitter, self.tolerance.arithmetic)
 
     def limit(self, name: str, scale: float, gradient: bool = False) -> float:
-        """How far a result may be off: the tolerance of its scale, and what a jitter of the numbers moves.
+        """How far a result may be off: the tolerance of its scale, and what round-off moves: some jitter of all numbers, in the
+        arithmetic that the layer uses.
 
         Args:
             name: of the result, as in `found`.
@@ -48,7 +49,7 @@ class Truth:
             gradient: whether it is one.
         """
         relative = self.tolerance.gradient if gradient else self.tolerance.value
-        return relative * scale + size(self._moved[name] - self.found[name])
+        return relative * scale + 4 * size(self._moved[name] - self.found[name])
 
     def output_scale(self) -> float:
         """The size of the output, and of the base's."""
@@ -72,35 +73,35 @@ class Truth:
     def _x_wide(self) -> Tensor:
         return self._x.to(torch.float64) if self._x.is_floating_point() else self._x
 
-    def _measured(self, jitter: float) -> Mapping[str, Tensor]:
+    def _measured(self, jitter: float, dtype: torch.dtype) -> Mapping[str, Tensor]:
         draw = torch.Generator().manual_seed(0)
 
         def moved(value: Tensor) -> Tensor:
             value = value.detach().to("cpu", torch.float64)
-            return (
-                value * (1 + jitter * torch.randn(value.shape, generator=draw, dtype=torch.float64))
-                if jitter
-                else value.clone()
-            )
+            noise = torch.randn(value.shape, generator=draw, dtype=torch.float64)
+            return (value * (1 + jitter * noise)).to(dtype)
 
         trained = {name for name, _ in self._layer.adapter.named_parameters()}
         leaves = {
-            name: moved(value).requires_grad_() if name in trained else value.detach().to("cpu", torch.float64)
+            name: moved(value).requires_grad_() if name in trained else value.detach().to("cpu", dtype)
             for name, value in self._layer.adapter.state_dict().items()
         }
         weight = dense_weight(self._layer, leaves, moved(self.base))
         x = self._x_wide().detach().clone()
+        x = x.to(dtype) if x.is_floating_point() else x
         leaves = {name: leaf for name, leaf in leaves.items() if name in trained}
         if x.is_floating_point():
             leaves["x"] = x.requires_grad_()
-        bias = None if self._layer._bias is None else self._layer._bias.detach().to(torch.float64)
+        bias = None if self._layer._bias is None else self._layer._bias.detach().to(dtype)
         y = self._layer.form.plain(x, self._layer.form.stored(weight), bias)
         leaves["the weight"] = weight
         wanted = [leaf for leaf in leaves.values() if leaf.requires_grad]
-        gradients = iter(torch.autograd.grad((y * self._functional).sum(), wanted, allow_unused=True) if wanted else ())
-        results = {"weight": weight.detach(), "update": weight.detach() - self.base, "forward": y.detach()}
+        total = (y * self._functional.to(dtype)).sum()
+        gradients = iter(torch.autograd.grad(total, wanted, allow_unused=True) if total.requires_grad else ())
+        update = weight.detach() - self.base
+        results = {"weight": weight.detach(), "update": update, "forward": y.detach()}
         for name, leaf in leaves.items():
-            gradient = next(gradients) if leaf.requires_grad else None
+            gradient = next(gradients, None) if leaf.requires_grad else None
             results[f"gradient of {name}"] = torch.zeros_like(leaf) if gradient is None else gradient
         return results
 

@@ -49,7 +49,10 @@ def _check_first_gradients(case: Case, layer: AdaptedLinear, family: str) -> Non
     gradients = {name: value.grad for name, value in layer.adapter.named_parameters()}
     for name, gradient in gradients.items():
         require(gradient is None or bool(gradient.isfinite().all()), f"the first gradient of {name} is not finite")
+    # One output, say, has nothing to rotate.
     require(
-        family != "plain" or any(gradient is not None and bool(gradient.any()) for gradient in gradients.values()),
+        family != "plain"
+        or min(case.weight_shape[:2]) == 1
+        or any(gradient is not None and bool(gradient.any()) for gradient in gradients.values()),
         f"{case.piece} starts where every gradient is zero, so it can't train",
     )
