@@ -1,7 +1,7 @@
 """What a forward costs: multiply-adds of its matrix products, counted on tensors without values: nothing is held."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from adapterzoo.pieces import Piece
 
 _CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _FEW, _MORE = 16, 48
+T = TypeVar("T")
 
 
 class Cost(NamedTuple):
@@ -52,14 +53,12 @@ def adapted_cost(layer: AdaptedLinear) -> Cost:
         Exception: whatever a piece raises that reads values of its tensors: it can't be counted so.
     """
 
-    def forward(x: Tensor) -> Tensor:  # its own forward would refuse to run without values
-        weight = layer.adapter.weight(layer.site())
-        return layer.form.adapted(x, layer.weight, weight, None, 0.0, False)
-
     with FakeTensorMode(allow_non_fake_inputs=True):  # kernels ask for autocast, which the meta device does not know
         layer.to_empty(device="cpu")
         layer.refresh()
-        return _cost(forward, layer.weight)
+        weight, once = _counted(lambda: layer.adapter.weight(layer.site()))  # its own forward wants values
+        cost = _cost(lambda x: layer.form.adapted(x, layer.weight, weight, None, 0.0, False), layer.weight)
+    return Cost(cost.token, cost.call + once)
 
 
 def bare_cost(layer: nn.Module) -> Cost:
@@ -77,15 +76,16 @@ def thin_columns(layer: AdaptedLinear) -> int:
 
 def _cost(forward: Callable[[Tensor], Tensor], weight: Tensor) -> Cost:
     """From two numbers of tokens; of a convolution they are pictures of the kernel's size, one position each."""
-    few, more = (_multiply_adds(forward, weight.new_empty(n, *weight.shape[1:])) for n in (_FEW, _MORE))
+    few, more = (_counted(lambda n=n: forward(weight.new_empty(n, *weight.shape[1:])))[1] for n in (_FEW, _MORE))
     token = (more - few) // (_MORE - _FEW)
     return Cost(token, few - _FEW * token)
 
 
-def _multiply_adds(forward: Callable[[Tensor], Tensor], x: Tensor) -> int:
+def _counted(run: Callable[[], T]) -> tuple[T, int]:
+    """What a function gives, and the multiply-adds that it took."""
     with FlopCounterMode(display=False, custom_mapping=_UNSEEN) as counter:
-        forward(x)
-    return int(counter.get_total_flops()) // 2
+        made = run()
+    return made, int(counter.get_total_flops()) // 2
 
 
 def _products(out: tuple[int, ...], left: tuple[int, ...], right: tuple[int, ...], *_: Any, **__: Any) -> int:

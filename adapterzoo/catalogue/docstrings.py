@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
+_LAST_POINT = re.compile(r"(?<![.])[.:]$")
 _HEADING = re.compile(r"^([A-Z][a-z]+):$", re.MULTILINE)
 
 
@@ -34,11 +35,11 @@ def said(documented: object) -> Said:
 
 def _split(paragraph: str) -> tuple[str, str]:
     """Low-rank adaptation: ΔW = s · B A. -> (Low-rank adaptation, ΔW = s · B A)."""
-    what, _, equation = paragraph.rstrip(".:").partition(": ")
+    whole = _LAST_POINT.sub("", paragraph)
+    what, _, equation = whole.partition(": ")
     if "=" in equation and "=" not in what:
         return what, equation
-    whole = paragraph.rstrip(".:")
-    return (whole, "") if "=" not in whole else ("", whole)
+    return ("", whole) if "=" in whole else (whole, "")
 
 
 def _unwrapped(paragraph: str) -> str:

@@ -3,17 +3,19 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from adapterzoo.adapter import Adapter
 from adapterzoo.base import WeightShape
 from adapterzoo.catalogue.costs import Cost, adapted, adapted_cost, bare_cost, bare_layer, thin_columns
 from adapterzoo.catalogue.docstrings import said
-from adapterzoo.errors import AdapterError
+from adapterzoo.errors import AdapterError, PieceError
 from adapterzoo.installed import package_of, reason
 from adapterzoo.layer import AdaptedLinear
 from adapterzoo.pieces import LAYER_TYPES, Generator, Piece, Role
 from adapterzoo.registry import parse
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -101,8 +103,14 @@ def shown(spec: Piece, shape: WeightShape) -> Shown:
 
     Raises:
         MisfitError: it does not fit that shape.
+        PieceError: a piece makes no initial values without values of the weight.
     """
-    layer = adapted(shape, spec)
+    try:
+        layer = adapted(shape, spec)
+    except AdapterError:
+        raise
+    except Exception as error:  # whatever torch says where a piece reads values that are not there
+        raise PieceError(f"{spec!r} can't be built on the meta device, without values: {reason(error)}") from error
     pieces = tuple(piece_facts(part.spec, tuple(_holds(part))) for part in layer.adapter.parts())
     return Shown(repr(spec), shape, pieces, _costs(layer))
 
@@ -143,25 +151,26 @@ def _costs(layer: AdaptedLinear) -> Costs:
     lora = _lora_beside(layer)
     held = adapted(shape, lora)
     trained = sum(value.numel() for value in held.adapter.parameters())
-    own, why_not = _counted(lambda: adapted_cost(layer))
+    own, why_not = _tried(lambda: adapted_cost(layer))
     return Costs(bare_cost(bare_layer(shape)), own, why_not, adapted_cost(held), repr(lora), trained)
-
-
-def _counted(count: Callable[[], Cost]) -> tuple[Cost | None, str]:
-    try:
-        return count(), ""
-    except AdapterError:
-        raise
-    except Exception as error:  # a piece that reads values, in whatever way torch refuses that
-        return None, reason(error)
 
 
 def _lora_beside(layer: AdaptedLinear) -> Piece:
     """The LoRA of the same rank; where the update is no thin product, the one that trains about as many numbers."""
     shape = layer.shape
     trained = sum(value.numel() for value in layer.adapter.parameters())
-    rank = thin_columns(layer) or round(trained / (shape.out_features + shape.in_features))
+    rank = _tried(lambda: thin_columns(layer))[0] or round(trained / (shape.out_features + shape.in_features))
     return parse(f"LoRA(r={min(max(rank, 1), shape.out_features, shape.in_features)})")
+
+
+def _tried(count: Callable[[], T]) -> tuple[T | None, str]:
+    """What is counted, or why a piece can't be run without values, in whatever way torch refuses that."""
+    try:
+        return count(), ""
+    except AdapterError:
+        raise
+    except Exception as error:
+        return None, reason(error)
 
 
 def matrix(out_features: int, in_channels: int, kernel: tuple[int, ...]) -> WeightShape:

@@ -38,7 +38,7 @@ def _table(kind: str) -> str:
 def _piece(kind: type[Piece]) -> tuple[Cell, ...]:
     facts = piece_facts(kind)
     start = "W' = W" if facts.starts_neutral else "beside W"
-    return facts.name, facts.what, facts.equation, start, layers_in_words(facts.layers), facts.package
+    return facts.name, facts.what, _sentence(facts.equation), start, layers_in_words(facts.layers), facts.package
 
 
 def _composition(name: str, function: Callable[..., Piece]) -> tuple[Cell, ...]:
@@ -47,4 +47,9 @@ def _composition(name: str, function: Callable[..., Piece]) -> tuple[Cell, ...]:
         example = repr(function())
     except (TypeError, SpecError):  # it has no default for some argument
         example = ""
-    return name, text.what, text.equation, example, package_of(function.__module__)
+    return name, _sentence(text.what), _sentence(text.equation), example, package_of(function.__module__)
+
+
+def _sentence(text: str) -> str:
+    """The first sentence."""
+    return text.partition(". ")[0]

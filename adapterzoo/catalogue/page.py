@@ -1,11 +1,14 @@
 """A composition on a layer, as text."""
 
+import textwrap
+
 from adapterzoo.analysis.tables import Cell, aligned
 from adapterzoo.base import WeightShape
 from adapterzoo.catalogue.costs import Cost
 from adapterzoo.catalogue.facts import Costs, Held, PieceFacts, Shown, layers_in_words
 
 _INDENT = "  "
+_WIDTH = 110
 
 
 def page(found: Shown) -> str:
@@ -23,11 +26,17 @@ def _layer(shape: WeightShape) -> str:
 
 
 def _piece(piece: PieceFacts) -> str:
-    lines = [f"{piece.name}: {piece.what}" if piece.what else piece.name]
-    lines += [_INDENT + line for text in (piece.equation, *piece.further) if text for line in text.splitlines()]
-    lines += ["", *(_INDENT + line for line in _table(piece.holds).splitlines())] if piece.holds else []
-    lines += ["", *(f"{_INDENT}{name:<10}  {text}" for name, text in _said(piece))]
-    return "\n".join(lines)
+    blocks = [f"{piece.name}: {piece.what}" if piece.what else piece.name]
+    blocks += [_filled(text) for text in (piece.equation, *piece.further) if text]
+    table = f"\n{textwrap.indent(_table(piece.holds), _INDENT)}\n" if piece.holds else ""
+    return "\n".join([*blocks, table, *(_filled(f"{name:<12}{text}", 12) for name, text in _said(piece))])
+
+
+def _filled(text: str, hang: int = 0) -> str:
+    """Lines of a bearable length, those after the first further in by `hang`."""
+    width, rest = _WIDTH - len(_INDENT), " " * hang
+    lines = [textwrap.fill(line, width, subsequent_indent=rest, break_long_words=False) for line in text.split("\n")]
+    return textwrap.indent("\n".join(lines), _INDENT)
 
 
 def _said(piece: PieceFacts) -> list[tuple[str, str]]:
@@ -56,8 +65,9 @@ def _totals(found: Shown) -> str:
     rows: list[tuple[Cell, ...]] = [
         ("trained", found.trained, f"{found.share:.4%} of W"),
         ("buffers", found.buffers, ""),
-        (f"trained by {found.costs.lora_spec}", found.costs.lora_trained, ""),
     ]
+    if found.spec != found.costs.lora_spec:
+        rows.append((f"trained by {found.costs.lora_spec}", found.costs.lora_trained, ""))
     start = "starts at W' = W, exactly" if found.starts_neutral else "starts beside W"
     return f"{aligned(rows)}\n{start}"
 
