@@ -161,6 +161,11 @@ def test_a_piece_is_checked_with_every_other_on_every_layer_and_two_deep():
     assert any(len(chain) == 3 for chain in chains)
 
 
+def test_a_composition_with_its_published_rank_is_checked_on_layers_that_are_large_enough():
+    layers = {case.layer for case in testing.check_values.cases("LoMAP")}
+    assert layers == {"linear", "transposed", "convolution", "embedding"}
+
+
 class NeedsExamples(Sound):
     """Its only good option can't be guessed."""
 

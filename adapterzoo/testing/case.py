@@ -11,7 +11,7 @@ from adapterzoo.base import WeightShape
 from adapterzoo.layer import AdaptedLinear
 from adapterzoo.pieces import Piece, Role, layers_of
 from adapterzoo.registry import from_json, parse, pieces, to_json
-from adapterzoo.testing.layers import LAYERS
+from adapterzoo.testing.layers import LAYERS, Place
 
 NAME = "checked"
 """The name of the layer, for messages and streams of random numbers."""
@@ -58,6 +58,11 @@ class Case:
         return from_json(self.spec) if self.spec.startswith("{") else parse(self.spec)
 
     @property
+    def place(self) -> Place:
+        """Which layer."""
+        return Place(self.shape, self.bias, self.stride, self.padding, self.groups)
+
+    @property
     def torch_dtype(self) -> torch.dtype:
         """The weight's dtype."""
         return cast(torch.dtype, getattr(torch, self.dtype))
@@ -80,7 +85,7 @@ class Case:
     def base(self) -> nn.Module:
         """The plain layer, with values from the seed."""
         with torch.random.fork_rng(devices=[]):
-            made = LAYERS[self.layer].build(self).to(torch.float64)
+            made = LAYERS[self.layer].build(self.place).to(torch.float64)
         draw = self.stream(1)
         with torch.no_grad():
             for parameter in made.parameters():
@@ -106,7 +111,8 @@ class Case:
 
     def inputs(self) -> Tensor:
         """A batch for the layer."""
-        return LAYERS[self.layer].inputs(self, self.stream(3))
+        x = LAYERS[self.layer].inputs(self.place, self.stream(3))
+        return x.to(self.torch_dtype) if x.is_floating_point() else x
 
     def functional(self, like: Tensor) -> Tensor:
         """A random functional of an output, so that every number in it counts with another weight."""

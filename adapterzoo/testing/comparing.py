@@ -29,8 +29,8 @@ class Tolerance(NamedTuple):
 
 TOLERANCES = {
     torch.float64: Tolerance(1e-9, 1e-9, 1e-12, 1e-3, torch.float64),
-    torch.float32: Tolerance(1e-4, 3e-4, 1e-5, 0.1, torch.float32),
-    torch.bfloat16: Tolerance(3e-2, 6e-2, 1e-2, 0.3, torch.float32),
+    torch.float32: Tolerance(1e-4, 3e-4, 1e-5, 1.0, torch.float32),
+    torch.bfloat16: Tolerance(3e-2, 6e-2, 1e-2, 1.0, torch.float32),
 }
 """By the dtype of the weight. Errors are measured against the size of what is compared."""
 

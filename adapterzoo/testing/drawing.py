@@ -15,7 +15,7 @@ _PLACES = 12
 _DEEP = 4
 _SEEDS = range(2**16)
 
-Place = dict[str, Any]
+Fields = dict[str, Any]
 """The fields of a case that say on which layer."""
 
 
@@ -24,10 +24,16 @@ def registered(kind: type[Generator] | type[Wrapper], layer_types: Collection[st
     return [each for each in pieces().values() if issubclass(each, kind) and each.layers & set(layer_types)]
 
 
-def drawn_place(choose: Choose, layer: str) -> Place:
-    """A small layer of a kind: fields of a `Case`."""
+def drawn_place(choose: Choose, layer: str, large: bool = False) -> Fields:
+    """A small layer of a kind: fields of a `Case`.
+
+    Args:
+        choose: picks.
+        layer: the kind.
+        large: not quite so small.
+    """
     kind = LAYERS[layer]
-    shape, options = choose(kind.shapes), choose(kind.options)
+    shape, options = choose(kind.large if large else kind.shapes), choose(kind.options)
     if shape[0] % options.get("groups", 1):
         options = {}
     return {"layer": layer, "shape": shape, **options}
@@ -45,8 +51,8 @@ def drawn_case(
         chain: other pieces, from the innermost outwards.
         inside: how many of them stand inside the subject.
     """
-    for _ in range(_PLACES):
-        place = drawn_place(choose, layer)
+    for number in range(2 * _PLACES):
+        place = drawn_place(choose, layer, large=number >= _PLACES)
         shape = Case("", **place).weight_shape
         links = [*map(Subject, chain[:inside]), subject, *map(Subject, chain[inside:])]
         spec: Piece | None = None

@@ -3,15 +3,22 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from adapterzoo.testing.case import Case
-
 _TOKENS = 6
+
+
+class Place(NamedTuple):
+    """Which layer: the fields of a `Case` that say so, but for its kind."""
+
+    shape: tuple[int, ...]
+    bias: bool = True
+    stride: int = 1
+    padding: int = 0
+    groups: int = 1
 
 
 def _as_it_is(layer: nn.Module) -> nn.Module:
@@ -24,9 +31,10 @@ class LayerKind:
 
     Args:
         layer_type: what it is to a piece.
-        build: makes the layer of a case, with any values, on the CPU.
-        inputs: makes a batch of a case.
+        build: makes the layer, with any values, on the CPU.
+        inputs: makes a batch of a place.
         shapes: small shapes of its weight, as `Case` takes them.
+        large: shapes for what fits none of these.
         options: other fields of a case that suit each shape.
         finish: what is done to the layer once it has its values.
         stores_transposed: whether it stores Wᵀ.
@@ -35,9 +43,10 @@ class LayerKind:
     """
 
     layer_type: str
-    build: "Callable[[Case], nn.Module]"
-    inputs: "Callable[[Case, torch.Generator], Tensor]"
+    build: Callable[[Place], nn.Module]
+    inputs: Callable[[Place, torch.Generator], Tensor]
     shapes: tuple[tuple[int, ...], ...]
+    large: tuple[tuple[int, ...], ...]
     options: tuple[Mapping[str, Any], ...] = ({},)
     finish: Callable[[nn.Module], nn.Module] = _as_it_is
     stores_transposed: bool = False
@@ -50,25 +59,25 @@ class LayerKind:
         return find_spec(self.package) is not None
 
 
-def _linear(case: "Case") -> nn.Module:
-    return nn.Linear(case.shape[1], case.shape[0], case.bias)
+def _linear(place: Place) -> nn.Module:
+    return nn.Linear(place.shape[1], place.shape[0], place.bias)
 
 
-def _transposed(case: "Case") -> nn.Module:
+def _transposed(place: Place) -> nn.Module:
     from transformers.pytorch_utils import Conv1D
 
-    made: nn.Module = Conv1D(case.shape[0], case.shape[1])
+    made: nn.Module = Conv1D(place.shape[0], place.shape[1])
     return made
 
 
-def _convolution(case: "Case") -> nn.Module:
-    out, channels, *kernel = case.shape
-    own: dict[str, Any] = {"stride": case.stride, "padding": case.padding, "groups": case.groups, "bias": case.bias}
-    return nn.Conv2d(channels * case.groups, out, (kernel[0], kernel[1]), **own)
+def _convolution(place: Place) -> nn.Module:
+    out, channels, *kernel = place.shape
+    own: dict[str, Any] = {"stride": place.stride, "padding": place.padding, "groups": place.groups, "bias": place.bias}
+    return nn.Conv2d(channels * place.groups, out, (kernel[0], kernel[1]), **own)
 
 
-def _embedding(case: "Case") -> nn.Module:
-    return nn.Embedding(case.shape[1], case.shape[0])
+def _embedding(place: Place) -> nn.Module:
+    return nn.Embedding(place.shape[1], place.shape[0])
 
 
 def _quantise(layer: nn.Module) -> nn.Module:
@@ -78,21 +87,22 @@ def _quantise(layer: nn.Module) -> nn.Module:
     return layer
 
 
-def _vectors(case: "Case", draw: torch.Generator) -> Tensor:
-    return torch.randn(2, _TOKENS, case.shape[1], generator=draw, dtype=torch.float64).to(case.torch_dtype)
+def _vectors(place: Place, draw: torch.Generator) -> Tensor:
+    return torch.randn(2, _TOKENS, place.shape[1], generator=draw, dtype=torch.float64)
 
 
-def _images(case: "Case", draw: torch.Generator) -> Tensor:
-    channels = case.shape[1] * case.groups
-    return torch.randn(2, channels, 5, 4, generator=draw, dtype=torch.float64).to(case.torch_dtype)
+def _images(place: Place, draw: torch.Generator) -> Tensor:
+    channels = place.shape[1] * place.groups
+    return torch.randn(2, channels, 5, 4, generator=draw, dtype=torch.float64)
 
 
-def _tokens(case: "Case", draw: torch.Generator) -> Tensor:
-    return torch.randint(case.shape[1], (2, _TOKENS), generator=draw)
+def _tokens(place: Place, draw: torch.Generator) -> Tensor:
+    return torch.randint(place.shape[1], (2, _TOKENS), generator=draw)
 
 
 _MATRICES = ((6, 4), (4, 7), (8, 6), (5, 3), (3, 8), (1, 5), (5, 1), (9, 6))
 _KERNELS = ((6, 4, 3, 2), (4, 3, 1, 1), (6, 2, 2, 2), (5, 1, 2, 3), (8, 4, 1, 2))
+_LARGE_MATRICES, _LARGE_KERNELS = ((12, 20), (24, 16)), ((16, 12, 3, 2), (12, 10, 1, 2))
 _KERNEL_OPTIONS: tuple[Mapping[str, Any], ...] = (
     {},
     {"bias": False, "stride": 2, "padding": 1},
@@ -102,14 +112,14 @@ _KERNEL_OPTIONS: tuple[Mapping[str, Any], ...] = (
 )
 
 LAYERS: dict[str, LayerKind] = {
-    "linear": LayerKind("linear", _linear, _vectors, _MATRICES, ({}, {"bias": False})),
+    "linear": LayerKind("linear", _linear, _vectors, _MATRICES, _LARGE_MATRICES, ({}, {"bias": False})),
     "transposed": LayerKind(
-        "linear", _transposed, _vectors, _MATRICES, stores_transposed=True, package="transformers"
+        "linear", _transposed, _vectors, _MATRICES, _LARGE_MATRICES, stores_transposed=True, package="transformers"
     ),
-    "convolution": LayerKind("convolution", _convolution, _images, _KERNELS, _KERNEL_OPTIONS),
-    "embedding": LayerKind("embedding", _embedding, _tokens, _MATRICES, stores_transposed=True),
+    "convolution": LayerKind("convolution", _convolution, _images, _KERNELS, _LARGE_KERNELS, _KERNEL_OPTIONS),
+    "embedding": LayerKind("embedding", _embedding, _tokens, _MATRICES, _LARGE_MATRICES, stores_transposed=True),
     "quantised": LayerKind(
-        "linear", _linear, _vectors, ((16, 32), (32, 16)), ({}, {"bias": False}), _quantise,
+        "linear", _linear, _vectors, ((16, 32), (32, 16)), ((32, 64),), ({}, {"bias": False}), _quantise,
         package="torchao", exact=False,
     ),
 }  # fmt: skip

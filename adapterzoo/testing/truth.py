@@ -40,8 +40,9 @@ class Truth:
         return self._measured(self.tolerance.jitter, self.tolerance.arithmetic)
 
     def limit(self, name: str, scale: float, gradient: bool = False) -> float:
-        """How far a result may be off: the tolerance of its scale, and what round-off moves: some jitter of all numbers, in the
-        arithmetic that the layer uses.
+        """How far a result may be off: the tolerance of its scale, and what round-off moves.
+
+        That is what comes of some jitter of all numbers, in the arithmetic that the layer uses.
 
         Args:
             name: of the result, as in `found`.

@@ -14,10 +14,12 @@ def check_norms(case: Case) -> None:
     with torch.no_grad():
         weight = layer.factored_weight()
         rows, update, update_rows = weight.row_norms(), weight.update_norm(), weight.update_row_norms()
+        columns = weight.column_norms()
         dense, change = weight.dense(), weight.dense_update()
     scale = 1e-10 * (size(layer.weight) + size(change)) ** 2
     for what, found, matrix in (
         ("row_norms()", rows, dense.square().sum(dim=1)),
+        ("column_norms()", columns, dense.square().sum(dim=0)),
         ("update_norm()", update, change.square().sum()[None]),
         ("update_row_norms()", update_rows, change.square().sum(dim=1)),
     ):
