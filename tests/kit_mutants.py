@@ -172,6 +172,19 @@ class NeverTrains(Sound):
         return {**super().init(site), "A": site.zeros(self.r, site.in_features)}
 
 
+@mutant("check_start", "gets no gradient, and stays there")
+class MutesItsInside(Wrapper):
+    """W' = W + g Δ, g zero at the start."""
+
+    roles: ClassVar[Mapping[str, Role]] = {"base": Role.MAGNITUDE, "g": Role.MAGNITUDE}
+
+    def init(self, site):
+        return {"base": site.ones(1), "g": site.zeros(1)}
+
+    def condition(self, inner, params, site):
+        return inner.mix(params.base, params.g)
+
+
 @mutant("check_start", "is not finite")
 class DividesByItsUpdate(Wrapper):
     roles: ClassVar[Mapping[str, Role]] = {"gain": Role.MAGNITUDE}

@@ -2,6 +2,7 @@
 
 import torch
 
+from adapterzoo.adapter import Adapter
 from adapterzoo.layer import AdaptedLinear
 from adapterzoo.testing.case import Case
 from adapterzoo.testing.check import check, everywhere
@@ -13,7 +14,7 @@ from adapterzoo.testing.truth import Truth
 
 @check(everywhere)
 def check_start(case: Case) -> None:
-    """It starts at W' = W, exactly, if it says so; its first gradients are finite, and not all zero."""
+    """It starts at W' = W, exactly, if it says so; its first gradients are finite, and the generator's not all zero."""
     for family in ("plain", "zero row"):
         layer = case.with_family(family).start()
         if starts_neutral(case.piece):
@@ -46,13 +47,19 @@ def _check_first_gradients(case: Case, layer: AdaptedLinear, family: str) -> Non
     if not y.requires_grad:
         return  # nothing trains
     (y * case.functional(y)).sum().backward()
-    gradients = {name: value.grad for name, value in layer.adapter.named_parameters()}
-    for name, gradient in gradients.items():
-        require(gradient is None or bool(gradient.isfinite().all()), f"the first gradient of {name} is not finite")
-    # One output, say, has nothing to rotate.
-    require(
-        family != "plain"
-        or min(case.weight_shape[:2]) == 1
-        or any(gradient is not None and bool(gradient.any()) for gradient in gradients.values()),
-        f"{case.piece} starts where every gradient is zero, so it can't train",
-    )
+    for name, value in layer.adapter.named_parameters():
+        finite = value.grad is None or bool(value.grad.isfinite().all())
+        require(finite, f"the first gradient of {name} of {case.piece} is not finite")
+    if family == "plain" and min(case.weight_shape[:2]) > 1:  # one output, say, has nothing to rotate
+        require(_moves(layer.adapter), f"{case.piece} starts where every gradient is zero, so it can't train")
+        generator = layer.adapter.generator
+        name = type(generator.spec).__name__
+        require(
+            _moves(generator) or not list(generator.parameters()),
+            f"{case.piece} starts where {name} gets no gradient, and stays there",
+        )
+
+
+def _moves(adapter: Adapter) -> bool:
+    """Whether any parameter has a gradient that is not zero."""
+    return any(value.grad is not None and bool(value.grad.any()) for value in adapter.parameters())
