@@ -29,8 +29,14 @@ from adapterzoo.methods import AdaLoRA as AdaLoRA
 from adapterzoo.methods import FLoRA as FLoRA
 from adapterzoo.methods import Frozen as Frozen
 from adapterzoo.methods import Full as Full
+from adapterzoo.methods import LoHa as LoHa
 from adapterzoo.methods import LoKr as LoKr
 from adapterzoo.methods import LoRA as LoRA
+from adapterzoo.methods import LoRAXS as LoRAXS
+from adapterzoo.methods import MiLoRA as MiLoRA
+from adapterzoo.methods import MoSLoRA as MoSLoRA
+from adapterzoo.methods import PiSSA as PiSSA
+from adapterzoo.methods import TriLoRA as TriLoRA
 from adapterzoo.plan import Plan as Plan
 from adapterzoo.registry import composition as composition
 from adapterzoo.registry import from_json as from_json
@@ -75,12 +81,18 @@ __all__ = [
     "FLoRA",
     "Frozen",
     "Full",
+    "LoHa",
     "LoKr",
     "LoMAP",
     "LoRA",
+    "LoRAXS",
+    "MiLoRA",
+    "MoSLoRA",
+    "PiSSA",
     "Plan",
     "PreDiag",
     "PublishedSORA",
+    "TriLoRA",
     "adapt",
     "adapted_layers",
     "attach",

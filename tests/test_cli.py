@@ -134,7 +134,7 @@ SPEC = ["--spec", "LoRA(r=8)"]
 @pytest.mark.parametrize(
     ("arguments", "sentences"),
     [
-        (["cuont"], ["'cuont'; known: count, ablate, report", "did you mean 'count'?", "`adapterzoo --help`"]),
+        (["cuont"], ["'cuont'; known: ", "did you mean 'count'?", "`adapterzoo --help`"]),
         (["count", *MODEL, *SPEC, "--target-s", "q"], ["unknown option '--target-s'; did you mean '--target"]),
         (["count", *MODEL, *SPEC, "--arc=x"], ["unknown option '--arc=x'; did you mean '--arch'?", "count --help"]),
         (["count", *MODEL, *SPEC, "q_proj"], ["unknown option 'q_proj'"]),

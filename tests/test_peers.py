@@ -1,12 +1,13 @@
-"""OFT, LoKr and ColumnDoRA against the numbers of PEFT and LyCORIS, with every trained parameter perturbed."""
+"""Pieces against the numbers of PEFT and LyCORIS, every trained parameter perturbed; and where theirs are at fault."""
 
 import pytest
 import torch
 from lycoris.modules.locon import LoConModule
-from peft import LoKrConfig, OFTConfig, get_peft_model
+from lycoris.modules.loha import LohaModule
+from peft import LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, get_peft_model
 from torch import nn
 
-from adapterzoo import OFT, AdaptedLinear, ColumnDoRA, Frozen, LoKr, LoRA
+from adapterzoo import OFT, AdaptedLinear, ColumnDoRA, Frozen, LoHa, LoKr, LoRA, PiSSA
 
 
 def plain(bias=True):
@@ -89,3 +90,50 @@ def test_columndora_is_lycoris_over_the_inputs():
         layer.adapter.inner.A.copy_(module.lora_down.weight)
         layer.adapter.inner.B.copy_(module.lora_up.weight)
     torch.testing.assert_close(layer.effective_weight(), module.get_merged_weight()[0], rtol=1e-7, atol=1e-7)
+
+
+def test_pissa_is_pefts():
+    config = LoraConfig(r=3, lora_alpha=6, init_lora_weights="pissa", target_modules=["0"])
+    model = get_peft_model(nn.Sequential(plain().float()), config).double()  # PEFT decomposes in float32
+    layer = AdaptedLinear(plain(), PiSSA(r=3, alpha=6))
+    peer = model.base_model.model[0]
+    A, B, own = peer.lora_A.default.weight, peer.lora_B.default.weight, layer.adapter
+    torch.testing.assert_close(B @ A, own.B @ own.A, rtol=1e-5, atol=1e-6)
+    with torch.no_grad():
+        x = torch.randn(5, 12, dtype=torch.float64)
+        torch.testing.assert_close(model(x), plain()(x), rtol=1e-5, atol=1e-6)
+        signs = (A * own.A).sum(dim=1).sign()  # a singular vector's sign is nobody's
+        for theirs_, ours in ((A, own.A), (B.T, own.B.T)):
+            change = 0.2 * torch.randn_like(ours)
+            ours.add_(change)
+            theirs_.add_(signs[:, None] * change)
+    torch.testing.assert_close(layer(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def copy_loha(layer, values):
+    with torch.no_grad():
+        for name, value in values.items():
+            getattr(layer.adapter, name.replace("hada_w", "W")).copy_(value)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_loha_is_pefts(bias):
+    model, values = theirs(LoHaConfig(r=3, alpha=6, target_modules=["0"]), bias)
+    layer = AdaptedLinear(plain(bias), LoHa(r=3, alpha=6))
+    copy_loha(layer, {name.split(".")[0]: value for name, value in values.items()})
+    agree(layer, model)
+
+
+def test_loha_is_lycoris_forward_and_its_merge_scales_twice():
+    base = plain()
+    module = LohaModule("one", base, lora_dim=3, alpha=6).double()
+    values = dict(module.named_parameters())
+    with torch.no_grad():
+        for value in values.values():
+            value.copy_(0.5 * torch.randn_like(value))
+    layer = AdaptedLinear(plain(), LoHa(r=3, alpha=6))
+    copy_loha(layer, {name: value for name, value in values.items() if name.startswith("hada")})
+    x = torch.randn(5, 12, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), module(x))
+    wrong = module.get_merged_weight()[0] - base.weight
+    torch.testing.assert_close(wrong, 2 * layer.delta_weight())
