@@ -1,6 +1,7 @@
 """What a forward costs: multiply-adds of its matrix products, counted on tensors without values: nothing is held."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -12,7 +13,7 @@ from adapterzoo.base import WeightShape
 from adapterzoo.layer import AdaptedLinear
 from adapterzoo.pieces import Piece
 
-_CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_CONVOLUTIONS: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _FEW, _MORE = 16, 48
 T = TypeVar("T")
 
@@ -31,7 +32,8 @@ def bare_layer(shape: WeightShape) -> nn.Module:
     if not shape.kernel:
         return nn.Linear(shape.in_features, shape.out_features, bias=False, device="meta")
     kind = _CONVOLUTIONS[len(shape.kernel)]
-    return kind(shape.in_channels, shape.out_features, shape.kernel, bias=False, device="meta")
+    layer: nn.Module = kind(shape.in_channels, shape.out_features, shape.kernel, bias=False, device="meta")
+    return layer
 
 
 def adapted(shape: WeightShape, spec: Piece) -> AdaptedLinear:
@@ -76,7 +78,8 @@ def thin_columns(layer: AdaptedLinear) -> int:
 
 def _cost(forward: Callable[[Tensor], Tensor], weight: Tensor) -> Cost:
     """From two numbers of tokens; of a convolution they are pictures of the kernel's size, one position each."""
-    few, more = (_counted(lambda n=n: forward(weight.new_empty(n, *weight.shape[1:])))[1] for n in (_FEW, _MORE))
+    inputs = (weight.new_empty(tokens, *weight.shape[1:]) for tokens in (_FEW, _MORE))
+    few, more = (_counted(partial(forward, x))[1] for x in inputs)
     token = (more - few) // (_MORE - _FEW)
     return Cost(token, few - _FEW * token)
 

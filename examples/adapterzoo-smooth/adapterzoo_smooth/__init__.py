@@ -3,9 +3,10 @@
 import math
 
 import torch
+from pydantic import Field
+
 from adapterzoo import register
 from adapterzoo.pieces import Generator, Role, Wrapper
-from pydantic import Field
 
 
 @register
@@ -25,22 +26,22 @@ class Cosines(Generator):
 
 
 @register
-class SoftCap(Wrapper):
-    """No row of the update longer than 1/|s|: W' = W + diag(1 / √(1 + s² n_i²)) Δ, with n_i = ‖Δ_i‖."""
+class Contrast(Wrapper):
+    """Contrast between the update's rows: W' = W + diag((1 + n_i)ᵗ) Δ with n_i = ‖Δ_i‖; t > 0 sets long rows apart."""
 
-    roles = {"s": Role.MAGNITUDE}
+    roles = {"t": Role.MAGNITUDE}
 
     def init(self, site):
-        return {"s": site.ones(1)}
+        return {"t": site.zeros(1)}
 
     def condition(self, inner, params, site):
-        gain = (1 + (params.s * inner.update_row_norms()).square()).rsqrt()
+        gain = (1 + inner.update_row_norms()) ** params.t
         return inner.mix(site.ones(1), gain.to(site.dtype))
 
     def dense(self, inner, params, site):
-        update = inner - site.base.dense()
-        return site.base.dense() + update / (1 + params.s**2 * (update**2).sum(dim=1, keepdim=True)).sqrt()
+        W = site.base.dense()
+        return W + (inner - W) * (1 + (inner - W).norm(dim=1, keepdim=True)) ** params.t
 
     def promises(self, inner, weight, params, site):
-        lengths = params.s.abs() * (weight - site.base.dense()).norm(dim=1)
-        return {"no row of the update is longer than 1/|s|": (lengths, lengths.clamp(max=1))}
+        old, new = inner - site.base.dense(), weight - site.base.dense()
+        return {"rows keep their direction": (old * new.norm(dim=1)[:, None], new * old.norm(dim=1)[:, None])}

@@ -1,7 +1,8 @@
+from adapterzoo_smooth import Contrast, Cosines
+
 from adapterzoo.testing import parametrize_with_checks
-from adapterzoo_smooth import Cosines, SoftCap
 
 
-@parametrize_with_checks([Cosines, SoftCap])
+@parametrize_with_checks([Cosines, Contrast])
 def test_pieces(piece, check):
     check(piece)
