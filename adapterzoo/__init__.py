@@ -11,9 +11,14 @@ Example:
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from adapterzoo.compositions import AdaDoRA as AdaDoRA
 from adapterzoo.compositions import AdaLoMAP as AdaLoMAP
+from adapterzoo.compositions import DoHa as DoHa
+from adapterzoo.compositions import DoKr as DoKr
+from adapterzoo.compositions import EDoRA as EDoRA
 from adapterzoo.compositions import FLoMAP as FLoMAP
 from adapterzoo.compositions import LoMAP as LoMAP
+from adapterzoo.compositions import MagnitudeOnly as MagnitudeOnly
 from adapterzoo.compositions import PublishedSORA as PublishedSORA
 from adapterzoo.conditioning import MAP as MAP
 from adapterzoo.conditioning import OFT as OFT
@@ -71,12 +76,16 @@ __all__ = [
     "MAP",
     "OFT",
     "SORA",
+    "AdaDoRA",
     "AdaLoMAP",
     "AdaLoRA",
     "AdaptedLinear",
     "BoRA",
     "ColumnDoRA",
+    "DoHa",
+    "DoKr",
     "DoRA",
+    "EDoRA",
     "FLoMAP",
     "FLoRA",
     "Frozen",
@@ -86,6 +95,7 @@ __all__ = [
     "LoMAP",
     "LoRA",
     "LoRAXS",
+    "MagnitudeOnly",
     "MiLoRA",
     "MoSLoRA",
     "PiSSA",

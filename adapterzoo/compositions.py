@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from adapterzoo.conditioning import MAP, SORA, PreDiag
-from adapterzoo.methods import AdaLoRA, FLoRA, LoRA
+from adapterzoo.conditioning import MAP, SORA, DoRA, PreDiag
+from adapterzoo.methods import AdaLoRA, FLoRA, Frozen, LoHa, LoKr, LoRA, LoRAXS
 from adapterzoo.registry import composition
 
 
@@ -67,3 +67,78 @@ def PublishedSORA(r: int = 16, alpha: float | None = 32, rank: int = 4, dropout:
         arXiv 2511.00051 and its public code.
     """
     return SORA(PreDiag(LoRA(r=r, alpha=alpha, dropout=dropout)), rank=rank, map="first_order", damping=1.0)
+
+
+@composition
+def MagnitudeOnly() -> DoRA:
+    """Magnitude-only tuning: W' = diag(m / n) W, no direction trains.
+
+    Example:
+        >>> from adapterzoo import MagnitudeOnly
+        >>> MagnitudeOnly()
+        DoRA(Frozen())
+
+    Source:
+        arXiv 2402.09353, an option of its published code (Wdecompose_target_modules).
+    """
+    return DoRA(Frozen())
+
+
+@composition
+def EDoRA(r: int = 8, alpha: float | None = None, dropout: float = 0.0) -> DoRA:
+    """DoRA over LoRA-XS: magnitudes, and a small matrix between frozen singular vectors.
+
+    Example:
+        >>> from adapterzoo import EDoRA
+        >>> EDoRA(r=16)
+        DoRA(LoRAXS(r=16))
+
+    Source:
+        Its public code (EDoRA, built on LoRA-XS), read, not run here; R starts at N(0, 1e-5²), so it is not exactly W.
+    """
+    return DoRA(LoRAXS(r=r, alpha=alpha, dropout=dropout))
+
+
+@composition
+def AdaDoRA(r: int = 8, alpha: float | None = None, target_r: int | None = None, **schedule: Any) -> DoRA:
+    """DoRA over AdaLoRA; `schedule` takes AdaLoRA's other options.
+
+    Example:
+        >>> from adapterzoo import AdaDoRA
+        >>> AdaDoRA(r=4, target_r=2)
+        DoRA(AdaLoRA(r=4, target_r=2))
+
+    Source:
+        None published; PEFT's pull request 2959 of that name was closed unmerged.
+    """
+    return DoRA(AdaLoRA(r=r, alpha=alpha, target_r=target_r, **schedule))
+
+
+@composition
+def DoHa(r: int = 8, alpha: float | None = None, dropout: float = 0.0) -> DoRA:
+    """DoRA over LoHa.
+
+    Example:
+        >>> from adapterzoo import DoHa
+        >>> DoHa(r=4)
+        DoRA(LoHa(r=4))
+
+    Source:
+        LyCORIS (dora_wd over LoHa), whose norm has a gradient: `DoRA(LoHa(...), detach_norm=False)`.
+    """
+    return DoRA(LoHa(r=r, alpha=alpha, dropout=dropout))
+
+
+@composition
+def DoKr(r: int = 8, alpha: float | None = None, factor: int | None = None) -> DoRA:
+    """DoRA over LoKr; its norms form W' in every forward.
+
+    Example:
+        >>> from adapterzoo import DoKr
+        >>> DoKr(r=4, factor=8)
+        DoRA(LoKr(r=4, factor=8))
+
+    Source:
+        LyCORIS (dora_wd over LoKr), whose norm has a gradient: `DoRA(LoKr(...), detach_norm=False)`.
+    """
+    return DoRA(LoKr(r=r, alpha=alpha, factor=factor))
