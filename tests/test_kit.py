@@ -12,7 +12,7 @@ from adapterzoo import contract, registry, testing
 from adapterzoo.base import WeightShape
 from adapterzoo.cli import main
 from adapterzoo.errors import SpecError, UnknownPieceError
-from adapterzoo.pieces import Piece, layers_of, misfit
+from adapterzoo.pieces import Parameters, Piece, layers_of, misfit
 from adapterzoo.registry import pieces
 from adapterzoo.testing import CHECKS, Case, CheckFailedError, NoExampleError, checks_for, run_checks, strategies
 from adapterzoo.testing.options import candidates
@@ -187,6 +187,15 @@ def test_a_piece_that_cannot_be_drawn_is_asked_for_examples():
     testing.check_values(known(HasExamples))
 
 
+def test_a_declared_type_of_layer_that_nothing_fits_is_said():
+    class RefusesKernels(Sound):
+        def misfit(self, shape):
+            return "no kernels" if shape.kernel else super().misfit(shape)
+
+    with pytest.raises(NoExampleError, match="it declares convolution layers, and no options that were tried fit one"):
+        testing.check_contract(known(RefusesKernels))
+
+
 # Strategies.
 
 
@@ -205,6 +214,15 @@ def test_drawn_specs_are_of_the_piece_that_was_asked_for(data, name):
     spec = data.draw(strategies.specs(name, shape, inside if "inner" in pieces()[name].model_fields else None))
     assert type(spec).__name__ == name
     assert isinstance(spec, Piece)
+
+
+@settings(max_examples=25)
+@given(site=strategies.sites(), seed=st.integers(0, 9))
+def test_drawn_sites_are_those_of_the_layers(site, seed):
+    spec = Sound(r=1)
+    values = Parameters({**spec.init(site), "B": torch.ones(site.out_features, 1, dtype=site.dtype)})
+    assert torch.allclose(spec.update(values, site).dense_update(), spec.dense(values, site))
+    assert site.layer_type in ("linear", "convolution", "embedding")
 
 
 # The shell.

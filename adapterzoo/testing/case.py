@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from adapterzoo.base import WeightShape
+from adapterzoo.forms import form_of
+from adapterzoo.kept import NormCache
 from adapterzoo.layer import AdaptedLinear
-from adapterzoo.pieces import Piece, Role, layers_of
+from adapterzoo.pieces import Piece, Role, Site, layers_of
 from adapterzoo.registry import from_json, parse, pieces, to_json
 from adapterzoo.testing.layers import LAYERS, Place
 
@@ -94,6 +96,15 @@ class Case:
                 weight = cast(Tensor, made.weight)
                 (weight.mT if LAYERS[self.layer].stores_transposed else weight)[0] = 0
         return LAYERS[self.layer].finish(made.to(self.torch_dtype))
+
+    def site(self) -> Site:
+        """What a generator may know of the layer, for calling `init` and `update` by hand."""
+        base = self.base()
+        kind = form_of(base)
+        assert kind is not None
+        form, weight = kind(base), cast(Tensor, base.weight)
+        dtype = torch.promote_types(self.torch_dtype, torch.float32)
+        return Site(form.base(weight, NormCache()), dtype, NAME, self.seed, one_hot=form.one_hot)
 
     def start(self, seed: int | None = None) -> AdaptedLinear:
         """The adapted layer as it starts.

@@ -3,7 +3,9 @@
 import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 
+from adapterzoo.errors import SpecError
 from adapterzoo.pieces import Generator, Piece, Wrapper, layers_of
 from adapterzoo.testing.case import Case
 from adapterzoo.testing.drawing import alone, deep, layers_for, pairs, seeded
@@ -32,18 +34,18 @@ def by_itself(subject: Subject, choose: Choose) -> Iterator[Case]:
 
 
 def once(subject: Subject, choose: Choose) -> Iterator[Case]:
-    """Alone, on the first kind of layer."""
-    yield from list(alone(subject, choose, layers_for(subject)[:1]))[:1]
+    """Alone, on one layer."""
+    yield from islice(alone(subject, choose, layers_for(subject)), 1)
 
 
 def check(
-    plan: Plan = everywhere, only: Callable[[type[Piece]], bool] = lambda kind: True
+    plan: Plan = everywhere, only: Callable[[Subject], bool] = lambda subject: True
 ) -> "Callable[[Callable[[Case], None]], CheckFunction]":
     """Make a check of a property of a case (a decorator).
 
     Args:
         plan: its cases.
-        only: says of a class of pieces whether the check is for it.
+        only: says of a subject whether the check is for it.
     """
     return lambda body: CheckFunction(body, plan, only)
 
@@ -54,17 +56,17 @@ class CheckFunction:
     Args:
         body: the property: raises a CheckFailedError with a sentence about a case.
         plan: the cases.
-        only: says of a class whether the check is for it.
+        only: says of a subject whether the check is for it.
     """
 
-    def __init__(self, body: Callable[[Case], None], plan: Plan, only: Callable[[type[Piece]], bool]) -> None:
+    def __init__(self, body: Callable[[Case], None], plan: Plan, only: Callable[[Subject], bool]) -> None:
         functools.update_wrapper(self, body)
         self.name, self._body, self._plan, self._only = body.__name__, body, plan, only
         self.says = (body.__doc__ or "").strip().splitlines()[0]
 
     def applies(self, what: Checkable) -> bool:
         """Whether the check is for it."""
-        return self._only(Subject.of(what).kind)
+        return self._only(Subject.of(what))
 
     def cases(self, what: Checkable, draws: int | None = None, seed: int = 0) -> Iterator[Case]:
         """The cases that it is tried on.
@@ -76,16 +78,17 @@ class CheckFunction:
 
         Raises:
             NoExampleError: none of the options that were tried fits a layer.
+            SpecError: a composition that fits none.
         """
         subject, found = Subject.of(what), False
         for number in range(_draws() if draws is None else draws):
             for case in self._plan(subject, seeded(seed, number, self.name, subject.name)):
                 found = True
                 yield case
+        if not found and subject.spec is not None:
+            raise SpecError(f"{subject.name} fits none of the small layers that {self.name} tries")
         if not found:
-            raise NoExampleError(
-                subject.kind.__name__, f"no options that were tried fit any small layer of {sorted(subject.layers)}"
-            )
+            raise NoExampleError(subject.name, "no options that were tried fit any small layer")
 
     def __call__(self, what: Checkable | Case, *, draws: int | None = None, seed: int = 0) -> None:
         """Try the property on every case, or on the one that is given.
@@ -122,9 +125,9 @@ def _draws() -> int:
     return max(1, int(os.environ.get(DRAWS, "1")))
 
 
-def is_wrapper(kind: type[Piece]) -> bool:
-    """Whether a class wraps something."""
-    return issubclass(kind, Wrapper)
+def is_wrapper(subject: Subject) -> bool:
+    """Whether it wraps something."""
+    return issubclass(subject.kind, Wrapper)
 
 
 def parts_of(case: Case) -> Sequence[Piece]:

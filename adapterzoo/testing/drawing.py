@@ -7,6 +7,7 @@ from typing import Any
 from adapterzoo.pieces import LAYER_TYPES, Generator, Piece, Wrapper
 from adapterzoo.registry import pieces
 from adapterzoo.testing.case import Case
+from adapterzoo.testing.failure import NoExampleError
 from adapterzoo.testing.layers import LAYERS
 from adapterzoo.testing.options import Choose
 from adapterzoo.testing.subject import Subject
@@ -75,13 +76,18 @@ def layers_for(subject: Subject, exact: bool = True) -> list[str]:
 
 
 def alone(subject: Subject, choose: Choose, layers: Sequence[str]) -> Iterator[Case]:
-    """The subject by itself on every kind of layer; a wrapper around one generator or another."""
+    """The subject by itself on every kind of layer; a wrapper around one generator or another.
+
+    Raises:
+        NoExampleError: a class declares a type of layer that no options were found for.
+    """
     for layer in layers:
         insides = _generators_inside(subject, choose, layer)
-        for inside in insides[:2]:
-            case = drawn_case(choose, subject, layer, inside, len(inside))
-            if case is not None:
-                yield case
+        found = [drawn_case(choose, subject, layer, inside, len(inside)) for inside in insides]
+        if subject.spec is None and insides and not any(found):
+            tried = f"it declares {LAYERS[layer].layer_type} layers, and no options that were tried fit one"
+            raise NoExampleError(subject.kind.__name__, tried)
+        yield from filter(None, found)
 
 
 def pairs(subject: Subject, choose: Choose, layers: Sequence[str]) -> Iterator[Case]:

@@ -1,6 +1,8 @@
 """The kinds of layers that checks run on, and small shapes for each."""
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -81,10 +83,22 @@ def _embedding(place: Place) -> nn.Module:
 
 
 def _quantise(layer: nn.Module) -> nn.Module:
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    with _quiet():
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-    quantize_(layer, Int8WeightOnlyConfig())
+        quantize_(layer, Int8WeightOnlyConfig())
     return layer
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what torchao logs of itself when it is imported."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _vectors(place: Place, draw: torch.Generator) -> Tensor:

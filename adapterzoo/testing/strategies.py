@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 
 from adapterzoo.base import WeightShape
-from adapterzoo.pieces import Generator, Piece, Wrapper
+from adapterzoo.pieces import Generator, Piece, Site, Wrapper
 from adapterzoo.registry import pieces
 from adapterzoo.testing.case import Case
 from adapterzoo.testing.drawing import drawn_place, registered
@@ -28,6 +28,17 @@ def layers(draw: DrawFn, layer_type: str | None = None) -> dict[str, Any]:
         name for name, kind in LAYERS.items() if kind.exact and kind.is_there and layer_type in (None, kind.layer_type)
     ]
     return drawn_place(_choice(draw), draw(st.sampled_from(own)))
+
+
+@st.composite
+def sites(draw: DrawFn, layer_type: str | None = None) -> Site:
+    """What a piece may know of a small layer: for `init` and `update` by hand, in float64.
+
+    Args:
+        draw: hypothesis's own.
+        layer_type: "linear", "convolution" or "embedding"; any of them if None.
+    """
+    return Case("", seed=draw(st.integers(0, 2**16)), **draw(layers(layer_type))).site()
 
 
 @st.composite

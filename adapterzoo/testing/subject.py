@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 
 from adapterzoo.base import WeightShape
-from adapterzoo.errors import SpecError
+from adapterzoo.errors import SpecError, UnknownPieceError
 from adapterzoo.pieces import LAYER_TYPES, Generator, Piece, Wrapper, layers_of, misfit
-from adapterzoo.registry import compositions, parse, piece
+from adapterzoo.registry import compositions, parse, piece, pieces
 from adapterzoo.testing.options import Choose, drawn_options
 
 _TRIES = 60
@@ -88,4 +88,9 @@ def drawn_piece(kind: type[Piece], shape: WeightShape, choose: Choose, inner: Pi
 def _named(text: str) -> Piece | type[Piece]:
     if "(" in text:
         return parse(text)
-    return compositions()[text]() if text in compositions() else piece(text)
+    if text in compositions():
+        return compositions()[text]()
+    try:
+        return piece(text)
+    except UnknownPieceError:
+        raise UnknownPieceError(text, [*pieces(), *compositions()]) from None

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from adapterzoo.layer import AdaptedLinear
-from adapterzoo.pieces import Piece, Wrapper
+from adapterzoo.pieces import Piece, Wrapper, layers_of
 from adapterzoo.testing.case import Case, perturb
 from adapterzoo.testing.check import check, everywhere, generator_of
 from adapterzoo.testing.comparing import TOLERANCES, differs, size
@@ -20,9 +20,10 @@ _COPIES = 2000
 _RATES = (0.1, 0.5)
 
 
-def drops(kind: type[Piece]) -> bool:
-    """Whether a class has dropout, or may wrap what has."""
-    return "dropout" in kind.model_fields or issubclass(kind, Wrapper)
+def drops(subject: Subject) -> bool:
+    """Whether a class or the generator of a composition has dropout, or a class of wrappers may wrap what has."""
+    innermost = subject.kind if subject.spec is None else type(layers_of(subject.spec)[-1])
+    return "dropout" in innermost.model_fields or subject.needs_inside
 
 
 def _with_dropout(subject: Subject, choose: Choose) -> Iterator[Case]:
