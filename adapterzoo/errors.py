@@ -23,8 +23,8 @@ class UnknownPieceError(SpecError):
 
     def __init__(self, name: str, known: Iterable[str], broken: Sequence[str] = ()) -> None:
         names = sorted(known)
-        rest = f"; it may be a piece of a package that could not be loaded:{listing(broken)}" if broken else ""
-        super().__init__(f"unknown piece {name!r}; known pieces: {', '.join(names)}{did_you_mean(name, names)}{rest}")
+        maybe = f", perhaps of a package that could not be loaded ({'; '.join(broken)})" if broken else ""
+        super().__init__(f"unknown piece {name!r}{maybe}; known pieces: {', '.join(names)}{did_you_mean(name, names)}")
 
 
 class PieceError(AdapterError, TypeError):

@@ -6,10 +6,11 @@ import textwrap
 from threading import Thread
 
 import pytest
+import torch
 
 import adapterzoo as az
 from adapterzoo import registry
-from adapterzoo.errors import NameTakenError, PieceError, SpecError, UnknownPieceError
+from adapterzoo.errors import CheckpointError, NameTakenError, PieceError, SpecError, UnknownPieceError
 
 PIECE = """
 from adapterzoo import register, composition, DoRA
@@ -167,6 +168,24 @@ def test_what_a_program_imported_itself_stays_its_own(install):
     assert registry.pieces()["Mine"] is first
     assert type(az.parse("Mine()")) is first
     assert registry.broken()[0].startswith("zoo-right 1.0")
+
+
+def test_a_file_of_a_broken_package_says_so(install, tmp_path):
+    """The sentence about a file is cut short, and the reason must not be what is cut."""
+    module = install("zoo-file", PIECE.format(name="InFile"))
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4))
+    az.adapt(model, az.parse("MAP(InFile())"))
+    az.save(model, tmp_path / "adapter")
+    for table in (registry._PIECES, registry._TRIED, registry._FOUND, sys.modules):
+        for key in [key for key in table if key in ("InFile", module) or "zoo-file" in str(key)]:
+            del table[key]
+    (tmp_path / f"{module}.py").write_text("import no_such_package_at_all")
+    with pytest.raises(CheckpointError) as caught:
+        az.load(torch.nn.Sequential(torch.nn.Linear(3, 4)), tmp_path / "adapter")
+    assert "unknown piece 'InFile', perhaps of a package that could not be loaded (zoo-file 1.0 (zoo_file): " in str(
+        caught.value
+    )
+    assert "No module named 'no_such_package_at_all'" in str(caught.value)
 
 
 def test_an_error_has_the_name_it_is_about():
