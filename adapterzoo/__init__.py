@@ -15,6 +15,7 @@ from adapterzoo.compositions import AdaDoRA as AdaDoRA
 from adapterzoo.compositions import AdaLoMAP as AdaLoMAP
 from adapterzoo.compositions import DoHa as DoHa
 from adapterzoo.compositions import DoKr as DoKr
+from adapterzoo.compositions import DVoRA as DVoRA
 from adapterzoo.compositions import EDoRA as EDoRA
 from adapterzoo.compositions import FLoMAP as FLoMAP
 from adapterzoo.compositions import LoMAP as LoMAP
@@ -42,6 +43,7 @@ from adapterzoo.methods import MiLoRA as MiLoRA
 from adapterzoo.methods import MoSLoRA as MoSLoRA
 from adapterzoo.methods import PiSSA as PiSSA
 from adapterzoo.methods import TriLoRA as TriLoRA
+from adapterzoo.methods import VeRA as VeRA
 from adapterzoo.plan import Plan as Plan
 from adapterzoo.registry import composition as composition
 from adapterzoo.registry import from_json as from_json
@@ -82,6 +84,7 @@ __all__ = [
     "AdaptedLinear",
     "BoRA",
     "ColumnDoRA",
+    "DVoRA",
     "DoHa",
     "DoKr",
     "DoRA",
@@ -103,6 +106,7 @@ __all__ = [
     "PreDiag",
     "PublishedSORA",
     "TriLoRA",
+    "VeRA",
     "adapt",
     "adapted_layers",
     "attach",

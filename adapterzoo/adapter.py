@@ -13,6 +13,7 @@ from adapterzoo.errors import RoundedMagnitudeWarning
 from adapterzoo.factored import FactoredWeight
 from adapterzoo.pieces import Parameters, Piece, Role, Site, Wrapper
 from adapterzoo.sharded import gathered, is_sharded, write
+from adapterzoo.shared import SHARED
 
 _FACTORS = frozenset({Role.INPUT_FACTOR, Role.OUTPUT_FACTOR, Role.UPDATE, Role.CORE})
 _PRECISE = frozenset({Role.MAGNITUDE, Role.ROTATION})
@@ -46,7 +47,7 @@ class Adapter(nn.Module):
         for name, value in initial.items():
             value = value.to(self._pinned_dtype(name) or value.dtype)
             if spec.roles[name] is Role.BUFFER:
-                self.register_buffer(name, value)
+                self.register_buffer(name, SHARED.one(value) if name in spec.shared else value)
             else:
                 self.register_parameter(name, nn.Parameter(value))
         self._full_rank = self._rank()
@@ -69,7 +70,10 @@ class Adapter(nn.Module):
         with torch.no_grad():
             self._take_rank(None)
             for name, value in initial_values(self.spec, replace(site, depth=self.spec.depth)).items():
-                write(self._value(name), value)
+                if name in self.spec.shared:  # others may hold the tensor: it is never written to
+                    self._buffers[name] = SHARED.one(value.to(self._value(name)))
+                else:
+                    write(self._value(name), value)
         if self.inner is not None:
             self.inner.reset(site)
 
@@ -130,8 +134,16 @@ class Adapter(nn.Module):
 
         for child in self.children():
             child._apply(fn)  # type: ignore[no-untyped-call]
+        had_values = not any(self._value(name).is_meta for name in self.spec.shared)
         super()._apply(keep_precision, recurse=False)  # type: ignore[no-untyped-call]
+        if had_values:  # else what came off the meta device is blank, and will be written to
+            self._share()
         return self
+
+    def _share(self) -> None:
+        """Hold shared values as the one tensor that stands for them."""
+        for name in self.spec.shared:
+            self._buffers[name] = SHARED.one(self._value(name))
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool,
@@ -142,10 +154,19 @@ class Adapter(nn.Module):
                 errors.append("this adapter belongs to a merged layer and takes no values; unmerge it first")
             return
         self._take_rank({name: state_dict.get(prefix + name) for name in self.spec.rank_axes})
+        self._take_shared({name: state_dict.get(prefix + name) for name in self.spec.shared})
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         for name in self.roles:  # a file loaded with assign=True brings its own dtypes
             value = self._value(name)
             self._set_dtype(name, value, self._pinned_dtype(name) or torch.promote_types(value.dtype, torch.float32))
+        self._share()
+
+    def _take_shared(self, loaded: Mapping[str, Any]) -> None:
+        """Make room of its own for loaded values that differ: others may hold the tensor that is here."""
+        for name, value in loaded.items():
+            own = self._value(name)
+            if isinstance(value, Tensor) and value.shape == own.shape and not own.is_meta:
+                self._buffers[name] = SHARED.one(value.detach().to(own, copy=True))
 
     def _set_dtype(self, name: str, value: Tensor, dtype: torch.dtype) -> None:
         if not is_sharded(value):

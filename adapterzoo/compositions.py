@@ -3,7 +3,7 @@
 from typing import Any
 
 from adapterzoo.conditioning import MAP, SORA, DoRA, PreDiag
-from adapterzoo.methods import AdaLoRA, FLoRA, Frozen, LoHa, LoKr, LoRA, LoRAXS
+from adapterzoo.methods import AdaLoRA, FLoRA, Frozen, LoHa, LoKr, LoRA, LoRAXS, VeRA
 from adapterzoo.registry import composition
 
 
@@ -112,6 +112,21 @@ def AdaDoRA(r: int = 8, alpha: float | None = None, target_r: int | None = None,
         None published; PEFT's pull request 2959 of that name was closed unmerged.
     """
     return DoRA(AdaLoRA(r=r, alpha=alpha, target_r=target_r, **schedule))
+
+
+@composition
+def DVoRA(r: int = 256, d_initial: float = 0.1, dropout: float = 0.0) -> DoRA:
+    """DoRA over VeRA.
+
+    Example:
+        >>> from adapterzoo import DVoRA
+        >>> DVoRA(r=64)
+        DoRA(VeRA(r=64))
+
+    Source:
+        Liu et al., arXiv 2402.09353 (DVoRA).
+    """
+    return DoRA(VeRA(r=r, d_initial=d_initial, dropout=dropout))
 
 
 @composition

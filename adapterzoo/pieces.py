@@ -3,7 +3,7 @@
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -190,6 +190,20 @@ class Site:
     def uniform(self, parameter: str, *shape: int, bound: float) -> Tensor:
         """Draw from U(−bound, bound), from the parameter's own stream."""
         return self._draw(parameter, shape, lambda draw, stream: draw.uniform_(-bound, bound, generator=stream))
+
+    def shared_uniform(self, name: str, rows: int, columns: int, bound: float) -> Tensor:
+        """Draw [rows, columns] from U(−bound, bound), the same for every layer with this seed.
+
+        Fewer rows are the first of more. Layers whose tensors are equal hold one, if the piece declares it `shared`.
+
+        Args:
+            name: of the stream; that of the piece belongs in it.
+            rows: of the tensor.
+            columns: of the tensor.
+            bound: largest size of a number.
+        """
+        own = replace(self, layer="", depth=0)
+        return own.uniform(f"shared {name} of {columns}", rows, columns, bound=1.0) * bound
 
     def kaiming_uniform(self, parameter: str, *shape: int, fan: int) -> Tensor:
         """Draw as torch.nn.init.kaiming_uniform_(a=√5) does: U(−1/√fan, 1/√fan)."""

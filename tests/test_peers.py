@@ -4,10 +4,10 @@ import pytest
 import torch
 from lycoris.modules.locon import LoConModule
 from lycoris.modules.loha import LohaModule
-from peft import LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, get_peft_model
+from peft import LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, VeraConfig, get_peft_model
 from torch import nn
 
-from adapterzoo import OFT, AdaptedLinear, ColumnDoRA, Frozen, LoHa, LoKr, LoRA, PiSSA
+from adapterzoo import OFT, AdaptedLinear, ColumnDoRA, Frozen, LoHa, LoKr, LoRA, PiSSA, VeRA
 
 
 def plain(bias=True):
@@ -137,3 +137,19 @@ def test_loha_is_lycoris_forward_and_its_merge_scales_twice():
     torch.testing.assert_close(layer(x), module(x))
     wrong = module.get_merged_weight()[0] - base.weight
     torch.testing.assert_close(wrong, 2 * layer.delta_weight())
+
+
+def test_vera_is_pefts_on_the_widest_layer():
+    """PEFT's A has the scale of the widest layer; on that layer both are the same function of the same matrices."""
+    model, values = theirs(VeraConfig(r=7, target_modules=["0"]))
+    layer, peer = AdaptedLinear(plain(), VeRA(r=7)), model.base_model.model[0]
+    bounds = {"A": (6 / 12) ** 0.5, "B": (6 / 7) ** 0.5}
+    frozen = {name: getattr(peer, f"vera_{name}")["default"].double() for name in bounds}
+    for name, bound in bounds.items():
+        for matrix in (frozen[name], getattr(layer.adapter, name)):
+            assert 0.8 * bound <= matrix.abs().max() <= bound
+    with torch.no_grad():
+        for name, value in values.items():
+            layer.adapter.get_parameter(name.removeprefix("vera_lambda_").split(".")[0]).copy_(value)
+    layer.load_state_dict({f"adapter.{name}": value for name, value in frozen.items()}, strict=False)
+    agree(layer, model)

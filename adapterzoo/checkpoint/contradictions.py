@@ -39,7 +39,7 @@ def _adapter(name: str, adapter: AdapterEntry) -> Iterator[str]:
     where = f"adapter {short(name)}"
     if not ADAPTER_NAME.fullmatch(name):
         yield f"{where} has a name that is not allowed: letters, digits, _, . and -, at most 64"
-    for problem in (*_files(adapter), *_names(adapter), *_specs(adapter), *_dtypes(adapter)):
+    for problem in (*_files(adapter), *_names(adapter), *_specs(adapter), *_dtypes(adapter), *_shared(adapter)):
         yield f"{where}: {problem}"
 
 
@@ -63,6 +63,18 @@ def _names(adapter: AdapterEntry) -> Iterator[str]:
         for name, number in Counter(found).items():
             if number > 1 and not (what == "tensor" and name in trained and trained.count(name) > 1):
                 yield f"{what} {short(name)} stands there {number} times"
+
+
+def _shared(adapter: AdapterEntry) -> Iterator[str]:
+    """What is said to be the same tensor has to stand in a file, and to look the same."""
+    stored, every = adapter.stored(), adapter.tensors()
+    for key, owner in adapter.shared().items():
+        if owner not in stored:
+            yield f"tensor {short(key)} is said to be {short(owner)}, which stands in no file"
+            continue
+        own, other = every[key], stored[owner]
+        if (own.shape, own.dtype, own.file) != (other.shape, other.dtype, other.file):
+            yield f"tensor {short(key)} is said to be {short(owner)}, which has another shape, dtype or file"
 
 
 def _specs(adapter: AdapterEntry) -> Iterator[str]:

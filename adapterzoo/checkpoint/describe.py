@@ -49,10 +49,12 @@ def described(inventory: Inventory) -> Described:
     _check(inventory)
     specs: dict[str, int] = {}
     layers, tensors = [], {}
+    owners: dict[int, str] = {}
     for name, layer in inventory.layers.items():
-        entry = _layer(layer, inventory.names_of(name), specs.setdefault(_as_json(layer), len(specs)))
+        entry = _layer(layer, inventory.names_of(name), specs.setdefault(_as_json(layer), len(specs)), owners)
         layers.append(entry)
-        tensors.update({entry.key(key): gathered(value.detach()) for key, value in layer.adapter.state_dict().items()})
+        own = {key: value for key, value in layer.adapter.state_dict().items() if entry.tensors[key].same_as is None}
+        tensors.update({entry.key(key): gathered(value.detach()) for key, value in own.items()})
     trained = [_trained(item) for item in inventory.trained]
     tensors.update({item.names[0]: gathered(item.values().detach()) for item in inventory.trained})
     _tell_what_is_not_finite(tensors)
@@ -106,10 +108,11 @@ def _unreadable(item: Kept) -> list[str]:
     return []
 
 
-def _layer(layer: AdaptedLinear, names: tuple[str, ...], composition: int) -> LayerEntry:
+def _layer(layer: AdaptedLinear, names: tuple[str, ...], composition: int, owners: dict[int, str]) -> LayerEntry:
+    """The description of a layer; `owners` knows the key of every shared tensor of the layers before it, by its id."""
     own = values_by_name(layer)
     dtype = layer.adapter.factor_dtype
-    return LayerEntry(
+    entry = LayerEntry(
         names=list(names),
         composition=composition,
         kind=layer.kind,
@@ -127,6 +130,12 @@ def _layer(layer: AdaptedLinear, names: tuple[str, ...], composition: int) -> La
         },
         tensors={name: _value(part.values()[short], str(part.roles[short])) for name, (part, short) in own.items()},
     )
+    shared = {name: part.values()[short] for name, (part, short) in own.items() if short in part.spec.shared}
+    same = {name: owners.get(id(value)) for name, value in shared.items()}
+    for name, value in shared.items():
+        owners.setdefault(id(value), entry.key(name))
+    tensors = {name: value.model_copy(update={"same_as": same.get(name)}) for name, value in entry.tensors.items()}
+    return entry.model_copy(update={"tensors": tensors})
 
 
 def _ranks(layer: AdaptedLinear) -> dict[str, int]:
@@ -141,7 +150,8 @@ def _length_of(magnitude: Tensor, layer: AdaptedLinear) -> str:
     """In words what a magnitude is the length of."""
     if magnitude.numel() == 1 and layer.out_features > 1:
         return "the whole weight"
-    return f"each of the {layer.out_features} rows of W [out, in]"
+    axes = [axis for axis, size in zip(("rows", "columns"), layer.shape[:2], strict=True) if size == magnitude.numel()]
+    return f"each of the {magnitude.numel()} {' or '.join(axes)} of W [out, in]"
 
 
 def _value(value: Tensor, role: str) -> ValueEntry:

@@ -75,7 +75,7 @@ def inspect(directory: str | Path) -> Contents:
 
 
 def _adapter(name: str, adapter: AdapterEntry) -> list[str]:
-    numbers = sum(prod(entry.shape) for entry in adapter.tensors().values())
+    numbers = sum(prod(entry.shape) for entry in adapter.stored().values())
     layers, files = count(len(adapter.layers), "layer"), count(len(adapter.files), "file")
     lines = [f"adapter {name!r}: {layers}, {count(numbers, 'number')} in {files}"]
     for i, spec in enumerate(specs_of(adapter)):

@@ -5,7 +5,15 @@ import re
 from hashlib import sha256
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    StringConstraints,
+    ValidationError,
+    model_serializer,
+)
 
 from adapterzoo.checkpoint.wording import short
 from adapterzoo.errors import CheckpointError, did_you_mean
@@ -45,9 +53,20 @@ class TensorEntry(Strict):
 
 
 class ValueEntry(TensorEntry):
-    """A parameter or buffer of an adapter, and what it does there."""
+    """A parameter or buffer of an adapter, and what it does there.
+
+    Args:
+        role: what it does.
+        same_as: the key of the tensor that it shares, which stands in the file once; None if it stands there itself.
+    """
 
     role: str
+    same_as: str | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_absent(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        tree: dict[str, Any] = write(self)
+        return tree if self.same_as is not None else {key: v for key, v in tree.items() if key != "same_as"}
 
 
 class LayerEntry(Strict):
@@ -126,6 +145,16 @@ class AdapterEntry(Strict):
             layer.key(name): entry for layer in self.layers for name, entry in layer.tensors.items()
         }
         return {**layers, **{entry.names[0]: entry for entry in self.trained}}
+
+    def shared(self) -> dict[str, str]:
+        """The key under which each shared tensor stands in the files, by its own key."""
+        entries = ((layer.key(name), entry) for layer in self.layers for name, entry in layer.tensors.items())
+        return {key: entry.same_as for key, entry in entries if entry.same_as is not None}
+
+    def stored(self) -> dict[str, TensorEntry]:
+        """Every tensor that stands in the files, by its key there."""
+        shared = self.shared()
+        return {key: entry for key, entry in self.tensors().items() if key not in shared}
 
 
 class BaseEntry(Strict):

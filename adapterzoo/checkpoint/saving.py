@@ -150,7 +150,9 @@ def _adapter(content: Described, files: list[TensorFile]) -> AdapterEntry:
     place = {key: {"file": file.name} for file in files for key in file.keys}
     layers = [
         layer.model_copy(
-            update={"tensors": {n: t.model_copy(update=place[layer.key(n)]) for n, t in layer.tensors.items()}}
+            update={
+                "tensors": {n: t.model_copy(update=place[t.same_as or layer.key(n)]) for n, t in layer.tensors.items()}
+            }
         )
         for layer in content.layers
     ]

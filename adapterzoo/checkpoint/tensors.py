@@ -31,13 +31,15 @@ class TensorFiles:
     """
 
     def __init__(self, directory: Path, adapter: AdapterEntry, stack: ExitStack) -> None:
-        self._directory, self._entries, self._stack = directory, adapter.tensors(), stack
+        self._directory, self._entries, self._stack = directory, adapter.stored(), stack
+        self._shared = adapter.shared()
         self._open: dict[tuple[str, torch.device], Any] = {}
         self.problems = [problem for name, entry in adapter.files.items() for problem in self._check(name, entry)]
         """What is wrong with them, one sentence each."""
 
     def read(self, key: str, device: torch.device) -> Tensor:
         """One tensor, straight onto a device. On the CPU it is the file's own memory: not to be written to."""
+        key = self._shared.get(key, key)
         with telling(f"the tensor {short(key)} can't be read"):
             value: Tensor = self._file(self._entries[key].file, device).get_tensor(key)
         return value

@@ -12,3 +12,4 @@ from adapterzoo.methods.milora import MiLoRA as MiLoRA
 from adapterzoo.methods.moslora import MoSLoRA as MoSLoRA
 from adapterzoo.methods.pissa import PiSSA as PiSSA
 from adapterzoo.methods.trilora import TriLoRA as TriLoRA
+from adapterzoo.methods.vera import VeRA as VeRA
