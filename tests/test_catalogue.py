@@ -61,8 +61,7 @@ def test_every_piece_of_ours_is_listed_in_words_and_by_its_equation(capsys):
         assert parts.what, name
         assert "=" in parts.equation, name
         assert parts.what in row
-        assert parts.equation.partition(". ")[0] in row
-        assert row.endswith("adapterzoo")
+        assert row.endswith(f"  adapterzoo  {parts.equation.partition('. ')[0]}")
         assert ("W' = W  " in row) == kind.starts_neutral
     for name, function in registry.compositions().items():
         row = next(line for line in text.splitlines() if line.startswith(f"{name} "))
@@ -126,6 +125,13 @@ def test_what_a_composition_holds_is_what_the_layer_holds():
     for facts, part in zip(found.pieces, layer.adapter.parts(), strict=True):
         assert {held.name: held.shape for held in facts.holds} == {n: tuple(v.shape) for n, v in part.values().items()}
         assert {held.name: held.role for held in facts.holds} == {n: role.value for n, role in part.roles.items()}
+
+
+def test_what_layers_share_is_counted_with_the_buffers_and_marked(capsys):
+    text = printed(capsys, "show", "VeRA(r=16)", "--shape", "64x96")
+    assert re.search(r"A +buffer, shared by layers +\[16, 96\] +1,536", text)
+    assert re.search(r"buffers +2,560", text)
+    assert re.search(r"trained +80 ", text)
 
 
 def test_a_page_has_everything(capsys):
@@ -238,7 +244,7 @@ def test_a_piece_that_says_nothing_is_shown_with_what_is_missing(capsys, registe
     assert "its docstring has no Source section" in text
     assert "starts beside W" in text
     assert re.search(r"Silent\(\) +48 +2\.0000", text)
-    assert re.search(r"Silent +beside W +linear +tests", printed(capsys, "list").replace("test_catalogue", "tests"))
+    assert re.search(r"Silent +beside W +linear +test", printed(capsys, "list"))
     with pytest.raises(MisfitError, match="Silent sits on linear layers, and this is convolution"):
         shown(Silent(), matrix(4, 6, (3,)))
 

@@ -63,7 +63,7 @@ ASK = """
 def test_the_list_names_both_and_show_knows_their_cost(fresh):
     text = fresh("-c", textwrap.dedent(ASK))
     for name in ("Cosines", "Contrast"):
-        assert re.search(rf"^{name} .* adapterzoo-smooth 0\.1\.0$", text, re.MULTILINE)
+        assert re.search(rf"^{name} .* adapterzoo-smooth 0\.1\.0  .*=.*", text, re.MULTILINE)
     tree = json.loads(text[text.index("{\n") :])
     assert (tree["trained"], tree["costs"]["own"][0]) == (8 * 64 + 1, 64 * 32 + 8 * (64 + 32))
 

@@ -16,6 +16,8 @@ KINDS = ("generators", "wrappers", "compositions")
 def catalogue(kinds: Collection[str] = KINDS) -> str:
     """Tables of what there is, each in the order of names, and at the end what could not be loaded.
 
+    Equations are of any length, so they stand last: in a narrow terminal they alone run over.
+
     Args:
         kinds: some of `KINDS`.
     """
@@ -27,10 +29,10 @@ def catalogue(kinds: Collection[str] = KINDS) -> str:
 
 def _table(kind: str) -> str:
     if kind == "compositions":
-        header: tuple[Cell, ...] = (kind, "what it is", "equation", "is", "from")
+        header: tuple[Cell, ...] = (kind, "what it is", "from", "is", "equation")
         rows = [_composition(name, function) for name, function in sorted(compositions().items())]
     else:
-        header = (kind, "what it is", "equation", "start", "layers", "from")
+        header = (kind, "what it is", "start", "layers", "from", "equation")
         rows = [_piece(found) for _, found in sorted(pieces().items()) if f"{piece_facts(found).kind}s" == kind]
     return aligned([header, *rows], left=len(header))
 
@@ -38,7 +40,7 @@ def _table(kind: str) -> str:
 def _piece(kind: type[Piece]) -> tuple[Cell, ...]:
     facts = piece_facts(kind)
     start = "W' = W" if facts.starts_neutral else "beside W"
-    return facts.name, facts.what, _sentence(facts.equation), start, layers_in_words(facts.layers), facts.package
+    return facts.name, facts.what, start, layers_in_words(facts.layers), facts.package, _sentence(facts.equation)
 
 
 def _composition(name: str, function: Callable[..., Piece]) -> tuple[Cell, ...]:
@@ -47,7 +49,7 @@ def _composition(name: str, function: Callable[..., Piece]) -> tuple[Cell, ...]:
         example = repr(function())
     except (TypeError, SpecError):  # it has no default for some argument
         example = ""
-    return name, _sentence(text.what), _sentence(text.equation), example, package_of(function.__module__)
+    return name, _sentence(text.what), package_of(function.__module__), example, _sentence(text.equation)
 
 
 def _sentence(text: str) -> str:
