@@ -7,14 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from tempfile import TemporaryDirectory
 
+import torch
 from torch import nn
 
 from adapterzoo.errors import ExportError, PeftError
 from adapterzoo.interop.peft_export import export_peft
 from adapterzoo.interop.truncated import export_lora
+from adapterzoo.layer import adapted_layers
 from adapterzoo.pieces import Generator, Piece
 from adapterzoo.surgery import adapt
-from adapterzoo.testing.case import Case
+from adapterzoo.testing.case import Case, perturb
 from adapterzoo.testing.checks.compiled import check_compile
 from adapterzoo.testing.checks.dtypes import check_dtypes
 from adapterzoo.testing.checks.merging import check_merge
@@ -27,8 +29,10 @@ from adapterzoo.testing.subject import Subject
 YES, REFUSED, FAILS, ABSENT = "yes", "refused", "FAILS", "not installed"
 """What a cell may say of a check."""
 
-EXACT, TRUNCATED, NEITHER = "exact", "truncated", "no"
-"""What a cell may say of PEFT's files: the composition itself, a LoRA that is near it, or nothing."""
+EXACT, NEITHER = "exact", "no"
+"""What a cell may say of PEFT's files: the composition itself, nothing, or else the rank of a LoRA that is as good."""
+
+_OUT, _IN, _RESIDUAL = 24, 32, 1e-4
 
 
 def capabilities(kind: type[Piece], inside: type[Generator], seed: int = 0) -> Mapping[str, str]:
@@ -93,9 +97,11 @@ def _usual(kind: type[Piece], *inside: Piece) -> Piece:
 
 
 def _exported(spec: Piece) -> str:
-    """Whether PEFT's files can hold the composition itself, or at least the nearest LoRA."""
-    model = nn.Sequential(nn.Linear(32, 24))
+    """Whether PEFT's files can hold the composition itself, or else the rank of a LoRA that holds its update."""
+    model = nn.Sequential(nn.Linear(_IN, _OUT))
     adapt(model, spec, ["0"])
+    for layer in adapted_layers(model).values():
+        perturb(layer, torch.Generator().manual_seed(0))
     with TemporaryDirectory() as directory:
         try:
             export_peft(model, directory)
@@ -103,7 +109,7 @@ def _exported(spec: Piece) -> str:
         except PeftError:
             pass
         try:
-            export_lora(model, directory, rank=2, max_residual=None)
+            report = export_lora(model, directory, max_residual=_RESIDUAL)
         except (PeftError, ExportError):
             return NEITHER
-    return TRUNCATED
+    return f"a LoRA of rank {report.layers[0].rank}"
