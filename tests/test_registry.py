@@ -221,16 +221,18 @@ def test_a_package_that_failed_is_not_tried_again(install):
 
 
 def test_known_names_load_no_package(install, tmp_path):
-    """In a process of its own: neither the import, nor text, nor JSON of what is ours, imports a package."""
+    """In a process of its own: neither the import, nor text, nor JSON of what is ours, looks for a package."""
     install("zoo-lazy", PIECE.format(name="Lazy"))
     program = """
-        import sys
+        import importlib.metadata, sys
         sys.path.insert(0, sys.argv[1])
+        groups, look = [], importlib.metadata.entry_points
+        importlib.metadata.entry_points = lambda **by: groups.append(by.get("group")) or look(**by)
         import adapterzoo as az
         spec = az.from_json(az.to_json(az.parse("MAP(LoRA(r=8))")))
-        assert "zoo_lazy" not in sys.modules
+        assert "adapterzoo.pieces" not in groups and "zoo_lazy" not in sys.modules
         az.parse("MAP(Lazy())")
-        assert "zoo_lazy" in sys.modules
+        assert "adapterzoo.pieces" in groups and "zoo_lazy" in sys.modules
     """
     run = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(program), str(tmp_path)], capture_output=True, text=True, timeout=120
