@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from adapterzoo.contract import initial_values, is_tried, made_weight, try_purity
 from adapterzoo.errors import RoundedMagnitudeWarning
 from adapterzoo.factored import FactoredWeight
-from adapterzoo.pieces import Parameters, Piece, Role, Site, Wrapper
+from adapterzoo.pieces import Parameters, Piece, Role, Wrapper
 from adapterzoo.sharded import gathered, is_sharded, write
 from adapterzoo.shared import SHARED
+from adapterzoo.site import Site
 
 _FACTORS = frozenset({Role.INPUT_FACTOR, Role.OUTPUT_FACTOR, Role.UPDATE, Role.CORE})
 _PRECISE = frozenset({Role.MAGNITUDE, Role.ROTATION})

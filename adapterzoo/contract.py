@@ -11,7 +11,8 @@ from torch import Tensor
 
 from adapterzoo.errors import PieceError, where
 from adapterzoo.factored import FactoredWeight, RightFactor
-from adapterzoo.pieces import LAYER_TYPES, Generator, Parameters, Piece, Role, Site, Wrapper
+from adapterzoo.pieces import Generator, Parameters, Piece, Role, Wrapper
+from adapterzoo.site import LAYER_TYPES, Site
 
 
 def declared(kind: type[Piece]) -> str | None:

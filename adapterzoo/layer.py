@@ -22,9 +22,10 @@ from adapterzoo.factored import FactoredWeight
 from adapterzoo.forms import Form, form_of
 from adapterzoo.forms.nested import by_token
 from adapterzoo.kept import KeptFactors, NormCache
-from adapterzoo.pieces import Piece, Site
+from adapterzoo.pieces import Piece
 from adapterzoo.precision import full_precision
 from adapterzoo.sharded import gathered, is_sharded, local, sharded_like, write
+from adapterzoo.site import Site
 from adapterzoo.support import (
     FILE_HOOK_TABLES,
     HOOK_TABLES,

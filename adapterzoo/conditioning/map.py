@@ -8,8 +8,9 @@ from pydantic import Field
 from torch import Tensor
 
 from adapterzoo.factored import FactoredWeight
-from adapterzoo.pieces import Parameters, Promise, Role, Site, Wrapper
+from adapterzoo.pieces import Parameters, Promise, Role, Wrapper
 from adapterzoo.registry import register
+from adapterzoo.site import Site
 from adapterzoo.wide import wide
 
 _LITERAL_FLOOR = 1e-6

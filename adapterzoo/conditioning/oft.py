@@ -9,8 +9,9 @@ from torch import Tensor
 
 from adapterzoo.base import WeightShape
 from adapterzoo.factored import FactoredWeight
-from adapterzoo.pieces import Parameters, Promise, Role, Site, Wrapper
+from adapterzoo.pieces import Parameters, Promise, Role, Wrapper
 from adapterzoo.registry import register
+from adapterzoo.site import Site
 from adapterzoo.terms import Blocks
 from adapterzoo.wide import wide
 

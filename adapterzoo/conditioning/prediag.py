@@ -6,8 +6,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from adapterzoo.factored import FactoredWeight
-from adapterzoo.pieces import Parameters, Promise, Role, Site, Wrapper
+from adapterzoo.pieces import Parameters, Promise, Role, Wrapper
 from adapterzoo.registry import register
+from adapterzoo.site import Site
 
 
 @register

@@ -11,8 +11,9 @@ from torch import Tensor
 from adapterzoo.base import WeightShape
 from adapterzoo.conditioning.rotations import cayley_middle, exp_middle
 from adapterzoo.factored import FactoredWeight
-from adapterzoo.pieces import Parameters, Promise, Role, Site, Wrapper
+from adapterzoo.pieces import Parameters, Promise, Role, Wrapper
 from adapterzoo.registry import register
+from adapterzoo.site import Site
 from adapterzoo.wide import wide_product
 
 Map = Literal["cayley", "exp", "first_order"]

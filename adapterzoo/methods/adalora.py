@@ -10,9 +10,10 @@ from torch import Tensor
 from adapterzoo.factored import FactoredWeight
 from adapterzoo.methods.budget import Budget
 from adapterzoo.methods.scaled import RankScaled
-from adapterzoo.pieces import Parameters, Role, Site
+from adapterzoo.pieces import Parameters, Role
 from adapterzoo.registry import register
 from adapterzoo.rules import StepRule
+from adapterzoo.site import Site
 from adapterzoo.wide import safe_sqrt
 
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from adapterzoo.base import WeightShape
 from adapterzoo.factored import FactoredWeight
-from adapterzoo.pieces import Generator, Parameters, Role, Site
+from adapterzoo.pieces import Generator, Parameters, Role
 from adapterzoo.registry import register
+from adapterzoo.site import Site
 
 _Rank = Annotated[int, Field(ge=1)]
 _Ranks = Annotated[tuple[_Rank, ...], Field(min_length=2, max_length=5)]

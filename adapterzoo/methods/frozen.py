@@ -6,8 +6,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from adapterzoo.factored import FactoredWeight
-from adapterzoo.pieces import Generator, Parameters, Role, Site
+from adapterzoo.pieces import Generator, Parameters, Role
 from adapterzoo.registry import register
+from adapterzoo.site import Site
 
 
 @register

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from adapterzoo.base import WeightShape
 from adapterzoo.factored import FactoredWeight
-from adapterzoo.pieces import Generator, Parameters, Role, Site
+from adapterzoo.pieces import Generator, Parameters, Role
 from adapterzoo.registry import register
+from adapterzoo.site import Site
 
 
 class _Sizes(NamedTuple):

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from adapterzoo.factored import FactoredWeight
 from adapterzoo.methods.scaled import RankScaled
-from adapterzoo.pieces import Parameters, Role, Site
+from adapterzoo.pieces import Parameters, Role
 from adapterzoo.registry import register
+from adapterzoo.site import Site
 
 
 @register

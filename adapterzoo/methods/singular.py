@@ -8,7 +8,8 @@ from torch import Tensor
 
 from adapterzoo.factored import FactoredWeight
 from adapterzoo.methods.scaled import RankScaled
-from adapterzoo.pieces import Parameters, Role, Site
+from adapterzoo.pieces import Parameters, Role
+from adapterzoo.site import Site
 
 
 class SingularStart(RankScaled):

@@ -8,8 +8,9 @@ from pydantic import Field
 from torch import Tensor
 
 from adapterzoo.factored import FactoredWeight
-from adapterzoo.pieces import Generator, Parameters, Role, Site
+from adapterzoo.pieces import Generator, Parameters, Role
 from adapterzoo.registry import register
+from adapterzoo.site import Site
 
 
 @register
