@@ -19,10 +19,10 @@ REPO = ROOT.parent
 
 # Each room may import only rooms before it; names of rooms are modules or sub-packages of adapterzoo.
 ROOMS = [
-    "errors", "streams", "precision", "wide", "kept", "base", "quantised", "terms", "factored", "kernel",
-    "functional", "forms", "sharded", "rules", "site", "shared", "pieces", "contract", "installed", "registry",
-    "methods", "conditioning", "compositions", "adapter", "support", "watch", "layer", "merging", "targets", "plan",
-    "surgery", "training", "checkpoint", "interop", "analysis", "catalogue", "ablation", "testing", "cli", "__main__",
+    "errors", "streams", "precision", "wide", "kept", "base", "quantised", "terms", "factored", "kernel", "functional",
+    "forms", "sharded", "rules", "site", "shared", "pieces", "contract", "installed", "registry", "methods",
+    "conditioning", "compositions", "adapter", "support", "watch", "layer", "merging", "targets", "plan", "surgery",
+    "training", "checkpoint", "interop", "analysis", "catalogue", "ablation", "testing", "cli", "__main__",
 ]  # fmt: skip
 # Pieces, and what carries them, never see each other: that is why any wrapper goes with any generator.
 STRANGERS = {
