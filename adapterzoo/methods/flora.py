@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Annotated, ClassVar
 
 import torch
-from einops import einsum, rearrange
+from einops import einsum
 from pydantic import Field, field_validator
 from torch import Tensor
 
@@ -113,8 +113,7 @@ class FLoRA(Generator):
         if site.shape.kernel:
             for name in _KERNEL_MODES[: len(self.ranks) - 2]:
                 core = torch.tensordot(core, getattr(params, name), dims=([2], [0]))  # the next mode moves to the end
-            rows = torch.tensordot(core, params.B, dims=([1], [0]))
-            rows = rearrange(rows, "r_out ... channels -> r_out (channels ...)")
+            rows = torch.tensordot(core, params.B, dims=([1], [0])).movedim(-1, 1).flatten(1)
             return site.low_rank(params.A, rows, dropout=self.dropout, steps=(core, params.B))
         if core.shape[0] <= core.shape[1]:
             rows = einsum(core, params.B, "r_out r_in, r_in cols -> r_out cols")

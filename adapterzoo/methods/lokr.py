@@ -96,8 +96,7 @@ class LoKr(Generator):
 
     def update(self, params: Parameters, site: Site) -> FactoredWeight:
         """W + (s W1) ⊗ W2."""
-        left, right = self._factors(params)
-        return site.kronecker(left, right)
+        return site.kronecker(*self._factors(params))
 
     def dense(self, params: Parameters, site: Site) -> Tensor:
         """S · W1 ⊗ W2, block by block: block (i, j) is s W1[i, j] W2."""
