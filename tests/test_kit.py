@@ -15,6 +15,8 @@ from adapterzoo.errors import SpecError, UnknownPieceError
 from adapterzoo.pieces import Parameters, Piece, layers_of, misfit
 from adapterzoo.registry import pieces
 from adapterzoo.testing import CHECKS, Case, CheckFailedError, NoExampleError, checks_for, run_checks, strategies
+from adapterzoo.testing.checks import values
+from adapterzoo.testing.comparing import size
 from adapterzoo.testing.options import candidates
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -166,6 +168,16 @@ def test_a_composition_with_its_published_rank_is_checked_on_layers_that_are_lar
     assert layers == {"linear", "transposed", "convolution", "embedding"}
 
 
+def test_the_environment_says_how_many_rounds(monkeypatch):
+    one = len(list(testing.check_files.cases("DoRA")))
+    monkeypatch.setenv("ADAPTERZOO_DRAWS", "3")
+    assert len(list(testing.check_files.cases("DoRA"))) == 3 * one
+    assert len(list(testing.check_files.cases("DoRA", draws=1))) == one
+    monkeypatch.setenv("ADAPTERZOO_DRAWS", "many")
+    with pytest.raises(SpecError, match="ADAPTERZOO_DRAWS=many would check nothing; give a whole number"):
+        testing.check_files("DoRA")
+
+
 class NeedsExamples(Sound):
     """Its only good option can't be guessed."""
 
@@ -266,7 +278,7 @@ def test_the_shell_takes_names_and_specs_and_refuses_the_rest(capsys):
     assert shell(capsys, "MAP(DoRA(LoRA(r=2)))", "--name", "check_text")[0] == 0
     assert "did you mean 'LoRA'" in shell(capsys, "LoRa", "--name", "check_text")[2]
     assert "did you mean 'check_text'" in shell(capsys, "LoRA", "--name", "check_txt")[2]
-    assert "--draws 0 would check nothing" in shell(capsys, "LoRA", "--draws", "0")[2]
+    assert "draws=0 would check nothing" in shell(capsys, "LoRA", "--draws", "0")[2]
     with pytest.raises(UnknownPieceError):
         testing.check_text("LoRa")
     with pytest.raises(SpecError, match="checks take a class of pieces"):
@@ -278,3 +290,21 @@ def test_a_piece_without_a_slow_truth_is_told_so(capsys):
     code, out, _ = shell(capsys, "BreaksItsPromise", "--name", "check_values")
     assert code == 0
     assert out.startswith("note  BreaksItsPromise has no dense() of its own")
+
+
+@pytest.mark.parametrize(
+    ("check", "share", "least"),
+    [("check_values", 1e-7, 0.97), ("check_gradients", 1e-6, 0.85), ("check_dtypes", 0.5, 0.75)],
+)
+def test_the_comparisons_bite(check, share, least, monkeypatch):
+    """An error of that share of what is compared is seen in nearly all cases; the others are zero by themselves."""
+    seen = []
+
+    def record(actual, expected, what, limit):
+        seen.append(limit <= share * size(expected))
+
+    monkeypatch.setattr(values, "differs", record)
+    for name in ("DoRA", "MAP", "LoRA"):
+        getattr(testing, check)(name)
+    assert len(seen) > 50
+    assert sum(seen) / len(seen) >= least, sum(seen) / len(seen)

@@ -11,8 +11,9 @@ from adapterzoo.base import WeightShape
 from adapterzoo.forms import form_of
 from adapterzoo.kept import NormCache
 from adapterzoo.layer import AdaptedLinear
-from adapterzoo.pieces import Piece, Role, Site, layers_of
+from adapterzoo.pieces import Piece, Role, layers_of
 from adapterzoo.registry import from_json, parse, pieces, to_json
+from adapterzoo.site import Site
 from adapterzoo.testing.layers import LAYERS, Place
 
 NAME = "checked"

@@ -2,11 +2,11 @@
 
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from itertools import islice
 
 from adapterzoo.errors import SpecError
-from adapterzoo.pieces import Generator, Piece, Wrapper, layers_of
+from adapterzoo.pieces import Generator, Wrapper, layers_of
 from adapterzoo.testing.case import Case
 from adapterzoo.testing.drawing import alone, deep, layers_for, pairs, seeded
 from adapterzoo.testing.failure import CheckFailedError, NoExampleError
@@ -78,10 +78,10 @@ class CheckFunction:
 
         Raises:
             NoExampleError: none of the options that were tried fits a layer.
-            SpecError: a composition that fits none.
+            SpecError: a composition that fits none, or no rounds.
         """
         subject, found = Subject.of(what), False
-        for number in range(_draws() if draws is None else draws):
+        for number in range(rounds(draws)):
             for case in self._plan(subject, seeded(seed, number, self.name, subject.name)):
                 found = True
                 yield case
@@ -121,8 +121,17 @@ class CheckFunction:
         return self.name
 
 
-def _draws() -> int:
-    return max(1, int(os.environ.get(DRAWS, "1")))
+def rounds(draws: int | None) -> int:
+    """How many rounds of cases are asked for: the number that is given, that of the environment, or one.
+
+    Raises:
+        SpecError: no whole number ≥ 1.
+    """
+    asked = os.environ.get(DRAWS, "1") if draws is None else str(draws)
+    if not asked.isdecimal() or int(asked) < 1:
+        what = "draws" if draws is not None else DRAWS
+        raise SpecError(f"{what}={asked} would check nothing; give a whole number ≥ 1")
+    return int(asked)
 
 
 def is_wrapper(subject: Subject) -> bool:
@@ -130,13 +139,8 @@ def is_wrapper(subject: Subject) -> bool:
     return issubclass(subject.kind, Wrapper)
 
 
-def parts_of(case: Case) -> Sequence[Piece]:
-    """The pieces of a case, from the outermost wrapper to the generator."""
-    return layers_of(case.piece)
-
-
 def generator_of(case: Case) -> Generator:
     """The generator of a case."""
-    innermost = parts_of(case)[-1]
+    innermost = layers_of(case.piece)[-1]
     assert isinstance(innermost, Generator)
     return innermost

@@ -4,8 +4,9 @@ import random
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
-from adapterzoo.pieces import LAYER_TYPES, Generator, Piece, Wrapper
+from adapterzoo.pieces import Generator, Piece, Wrapper
 from adapterzoo.registry import pieces
+from adapterzoo.site import LAYER_TYPES
 from adapterzoo.testing.case import Case
 from adapterzoo.testing.failure import NoExampleError
 from adapterzoo.testing.layers import LAYERS

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 from adapterzoo.adapter import Adapter
 from adapterzoo.layer import AdaptedLinear
-from adapterzoo.pieces import Piece, Site, layers_of
+from adapterzoo.pieces import Piece, layers_of
+from adapterzoo.site import Site
 
 
 def sites_of(layer: AdaptedLinear) -> list[tuple[Adapter, Site]]:

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 
 from adapterzoo.base import WeightShape
-from adapterzoo.pieces import Generator, Piece, Site, Wrapper
+from adapterzoo.pieces import Generator, Piece, Wrapper
 from adapterzoo.registry import pieces
+from adapterzoo.site import Site
 from adapterzoo.testing.case import Case
 from adapterzoo.testing.drawing import drawn_place, registered
 from adapterzoo.testing.layers import LAYERS

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 from adapterzoo.base import WeightShape
 from adapterzoo.errors import SpecError, UnknownPieceError
-from adapterzoo.pieces import LAYER_TYPES, Generator, Piece, Wrapper, layers_of, misfit
+from adapterzoo.pieces import Generator, Piece, Wrapper, layers_of, misfit
 from adapterzoo.registry import compositions, parse, piece, pieces
+from adapterzoo.site import LAYER_TYPES
 from adapterzoo.testing.options import Choose, drawn_options
 
 _TRIES = 60

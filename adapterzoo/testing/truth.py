@@ -11,7 +11,8 @@ from adapterzoo.adapter import Adapter
 from adapterzoo.base import DenseBase
 from adapterzoo.kept import NormCache
 from adapterzoo.layer import AdaptedLinear
-from adapterzoo.pieces import Generator, Parameters, Piece, Site, Wrapper
+from adapterzoo.pieces import Generator, Parameters, Piece, Wrapper
+from adapterzoo.site import Site
 from adapterzoo.testing.comparing import TOLERANCES, size
 
 
@@ -66,7 +67,7 @@ class Truth:
         return size(self.found["gradient of x"]) + self.tolerance.idle * size(self._functional) * self.weight_scale()
 
     def gradient_scale(self, name: str) -> float:
-        """The size of a parameter's gradient; of one without effect, a part of its share of the work."""
+        """The size of a parameter's gradient; and of its share of the work, since it may be zero by itself."""
         parameter = dict(self._layer.adapter.named_parameters())[name]
         work = size(self.found["gradient of the weight"]) * self.weight_scale()
         return size(self.found[f"gradient of {name}"]) + self.tolerance.idle * work / max(size(parameter), 1e-30)

@@ -3,8 +3,9 @@
 import torch
 
 from adapterzoo.adapter import Adapter
-from adapterzoo.pieces import Generator, Parameters, Site, Wrapper
+from adapterzoo.pieces import Generator, Parameters, Wrapper
 from adapterzoo.rules import StepRule
+from adapterzoo.site import Site
 from adapterzoo.testing.case import Case
 from adapterzoo.testing.check import check, everywhere, is_wrapper
 from adapterzoo.testing.comparing import differs, size
