@@ -94,7 +94,7 @@ def EDoRA(r: int = 8, alpha: float | None = None, dropout: float = 0.0) -> DoRA:
         DoRA(LoRAXS(r=16))
 
     Source:
-        Its public code (EDoRA, built on LoRA-XS), read, not run here; R starts at N(0, 1e-5²), so it is not exactly W.
+        Nasiri and Garraghan, arXiv 2501.12067; R starts at N(0, 1e-5²), as in its public code, so not exactly at W.
     """
     return DoRA(LoRAXS(r=r, alpha=alpha, dropout=dropout))
 
@@ -124,7 +124,7 @@ def DVoRA(r: int = 256, d_initial: float = 0.1, dropout: float = 0.0) -> DoRA:
         DoRA(VeRA(r=64))
 
     Source:
-        Liu et al., arXiv 2402.09353 (DVoRA).
+        Liu et al., arXiv 2402.09353, name DVoRA; unverified beyond the name.
     """
     return DoRA(VeRA(r=r, d_initial=d_initial, dropout=dropout))
 
