@@ -542,7 +542,8 @@ def test_only_optional_parameters_may_be_left_out():
     for layer in layers.values():
         layer.reset(seed=1)
         copy.deepcopy(layer).load_state_dict(layer.state_dict())
-    with pytest.raises(PieceError, match=r"Rank \(of test_kinds_corners\).init made \['A', 'C'\], but its `roles` declare \['A', 'B', 'C'\]"):
+    told = r"Rank \(of test_kinds_corners\).init made \['A', 'C'\], but its `roles` declare \['A', 'B', 'C'\]"
+    with pytest.raises(PieceError, match=told):
         AdaptedLinear(nn.Conv1d(3, 4, 2), Rank(leaves_out="B"))
 
 
