@@ -115,7 +115,7 @@ def _tokens(place: Place, draw: torch.Generator) -> Tensor:
 
 
 _MATRICES = ((6, 4), (4, 7), (8, 6), (5, 3), (3, 8), (1, 5), (5, 1), (9, 6))
-_KERNELS = ((6, 4, 3, 2), (4, 3, 1, 1), (6, 2, 2, 2), (5, 1, 2, 3), (8, 4, 1, 2))
+_KERNELS = ((6, 4, 3, 2), (4, 3, 1, 1), (6, 2, 2, 2), (5, 1, 2, 3), (10, 4, 1, 2))
 _LARGE_MATRICES, _LARGE_KERNELS = ((12, 20), (24, 16)), ((16, 12, 3, 2), (12, 10, 1, 2))
 _KERNEL_OPTIONS: tuple[Mapping[str, Any], ...] = (
     {},
