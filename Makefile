@@ -12,7 +12,7 @@ QUICK ?=
 help:
 	@echo "make demo       a small real ablation: 17 cells on scikit-learn's digits, about 3 minutes"
 	@echo "make test       the tests ($(WORKERS) processes; WORKERS=n for more)"
-	@echo "make test-long  the property tests with ten times the draws"
+	@echo "make test-long  the property tests and the checks of pieces with ten times the draws"
 	@echo "make check      format, lint, types, doctests"
 	@echo "make figures    the pictures of docs/, what quantised kernels round, and what each piece can do"
 	@echo "make bench      speed and memory against PEFT, about 25 minutes; QUICK=1: 3; BENCH=linear_step: one claim"
@@ -30,7 +30,7 @@ test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test-long: $(VENV)/.ready
-	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+	HYPOTHESIS_PROFILE=long ADAPTERZOO_DRAWS=10 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 check: $(VENV)/.ready
 	$(BIN)/ruff format --check .

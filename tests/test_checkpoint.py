@@ -24,6 +24,7 @@ from adapterzoo import (
     AdaptedLinear,
     DoRA,
     FLoRA,
+    Frozen,
     LoRA,
     PreDiag,
     adapt,
@@ -1004,3 +1005,12 @@ if __name__ == "__main__":
     made = fixture_model()
     save(made, FIXTURE)
     (FIXTURE / "outputs.json").write_text(json.dumps(made(TOKENS).tolist()))
+
+
+def test_an_adapter_without_values_is_saved_too(tmp_path):
+    model, other = nn.Sequential(nn.Linear(4, 3)), nn.Sequential(nn.Linear(4, 3))
+    adapt(model, Frozen())
+    contents = save(model, tmp_path)
+    assert "1 layer, 0 numbers in 0 files" in str(contents)
+    load(other, tmp_path)
+    assert other[0].spec == Frozen()

@@ -119,11 +119,11 @@ def _written(path: Path, tensors: Mapping[str, Tensor]) -> FileEntry:
 
 def _groups(tensors: Mapping[str, Tensor], most: int) -> list[list[str]]:
     """Keys in order, as many in a group as its bytes allow."""
-    groups: list[list[str]] = [[]]
+    groups: list[list[str]] = []
     room = most
     for key, value in tensors.items():
         size = value.numel() * value.itemsize
-        if groups[-1] and size > room:
+        if not groups or size > room:
             groups.append([])
             room = most
         groups[-1].append(key)
