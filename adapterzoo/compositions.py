@@ -24,7 +24,7 @@ def LoMAP(r: int = 8, alpha: float | None = None, dropout: float = 0.0) -> MAP:
 
 @composition
 def AdaLoMAP(r: int = 8, alpha: float | None = None, target_r: int | None = None, **schedule: Any) -> MAP:
-    """MAP over AdaLoRA; `schedule` takes AdaLoRA's other options: t_init, t_final, delta_t, dropout, ...
+    """MAP over AdaLoRA, whose other options are taken by name: t_init, t_final, delta_t, dropout, ...
 
     Example:
         >>> from adapterzoo import AdaLoMAP
@@ -101,7 +101,7 @@ def EDoRA(r: int = 8, alpha: float | None = None, dropout: float = 0.0) -> DoRA:
 
 @composition
 def AdaDoRA(r: int = 8, alpha: float | None = None, target_r: int | None = None, **schedule: Any) -> DoRA:
-    """DoRA over AdaLoRA; `schedule` takes AdaLoRA's other options.
+    """DoRA over AdaLoRA, whose other options are taken by name.
 
     Example:
         >>> from adapterzoo import AdaDoRA

@@ -24,11 +24,17 @@ def declared(kind: type[Piece]) -> str | None:
         return "its `roles` must give every parameter a Role, as in roles = {'A': Role.INPUT_FACTOR}; {} if it has none"
     if not all(isinstance(name, str) and isinstance(role, Role) for name, role in kind.roles.items()):
         return "its `roles` must give every parameter a Role, such as Role.INPUT_FACTOR"
-    odd = [name for name in kind.roles if not name.isidentifier() or name == "inner" or hasattr(torch.nn.Module, name)]
-    if odd:
-        return f"the parameter name {odd[0]!r} belongs to every module; choose another"
+    for name in kind.roles:
+        if not name.isidentifier():
+            return f"the parameter name {name!r} is no plain name, such as 'A'; choose another"
+        if name == "inner" or hasattr(torch.nn.Module, name):
+            return f"the parameter name {name!r} belongs to every module; choose another"
     if not kind.model_config.get("frozen") or kind.model_config.get("extra") != "forbid":
         return "its specs are not frozen, or take unknown fields; leave model_config as Generator and Wrapper have it"
+    lists: dict[str, Any] = {"optional": kind.optional, "shared": kind.shared, "layers": kind.layers}
+    for what, names in lists.items():
+        if not isinstance(names, (frozenset, set)):
+            return f"`{what}` is {names!r}; it should be a frozenset of names"
     lists = {"optional": kind.optional, "shared": kind.shared, "rank_axes": frozenset(kind.rank_axes)}
     for what, names in lists.items():
         if not set(names) <= set(kind.roles):
@@ -36,6 +42,9 @@ def declared(kind: type[Piece]) -> str | None:
     trained = [name for name in kind.shared if kind.roles[name] is not Role.BUFFER]
     if trained:
         return f"`shared` names {trained[0]!r}, which trains; what layers share is frozen so far: make it a Role.BUFFER"
+    mutable = [name for name, field in kind.model_fields.items() if isinstance(field.default, (list, dict, set))]
+    if mutable:
+        return f"the default of {mutable[0]!r} can be changed, and a spec is frozen; make it a tuple"
     if not set(kind.layers) <= LAYER_TYPES or not kind.layers:
         return f"`layers` is {sorted(kind.layers)}; it should be some of {sorted(LAYER_TYPES)}"
     return None
@@ -96,6 +105,8 @@ def _named(piece: Piece, function: str, site: Site) -> Iterator[None]:
     """Add to whatever a piece's own function raises whose it is."""
     try:
         yield
+    except PieceError as error:
+        raise breach(piece, f".{function} on {where(site.layer)}: {error}") from error
     except Exception as error:
         if not getattr(error, "__notes__", None):
             size = list(site.shape[:2])
@@ -156,8 +167,8 @@ def _impurities(piece: Piece, initial: Mapping[str, Tensor], inner: FactoredWeig
     function = "update" if inner is None else "condition"
     with torch.no_grad():
         first = made_weight(piece, inner, Parameters(values), site)
-        for name, value in initial.items():
-            if not _same(value.to(site.dtype), values[name]):
+        for name, value in values.items():
+            if value._version or not _same(initial[name].to(site.dtype), value):
                 yield f"{function} writes into its parameter {name!r}; make a new tensor instead"
         if not _same_weight(first, made_weight(piece, inner, Parameters(values), site)):
             yield f"{function} returned something else the second time, with the same parameters"

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from adapterzoo.base import Base
+from adapterzoo.errors import PieceError
 from adapterzoo.terms import InputMap, Structured, Turn, TurnedBase
 from adapterzoo.wide import column_norms_sq, row_norms_sq, row_squares, safe_sqrt, squared_columns, wide
 
@@ -99,6 +100,7 @@ class FactoredWeight:
 
     def calibrate_base(self, shift: Tensor) -> "FactoredWeight":
         """W' + diag(shift) W: the base term alone is changed, before the update is added. shift: [out] or [1]."""
+        self._check_gain(shift)
         turns = tuple(Turn(turn.map, self._gain_of(turn)) for turn in self.turns)
         return replace(self, delta=_add(shift, self.delta), turns=turns)
 
@@ -111,6 +113,8 @@ class FactoredWeight:
 
         δ ← (a − 1) + b δ, U ← b U, D ← b D, g ← b g, h ← b h. A turn with the base's own gain keeps it where a is b.
         """
+        self._check_gain(base_gain)
+        self._check_gain(update_gain)
         inner = None if self.delta is None else update_gain * self.delta
         column = update_gain[:, None]
         follows = base_gain is update_gain
@@ -158,6 +162,14 @@ class FactoredWeight:
         dense = self._dense_updates()
         V = None if self.V is None else RightFactor(turned._turned_base, change.of_rows(self.V.value))
         return replace(turned, V=V, remainder=None if dense is None else change.of_rows(dense))
+
+    def _check_gain(self, gain: Tensor) -> None:
+        out = self.base.shape[0]
+        if gain.shape not in ((out,), (1,)):
+            raise PieceError(
+                f"a gain of rows has the shape {list(gain.shape)}; need [{out}], one for each output, or [1] "
+                "(columns are scaled by inner.turn(Columns(shift)))"
+            )
 
     def _own_gain(self) -> Tensor:
         """1 + δ: [out] or [1]."""

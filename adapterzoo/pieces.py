@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationErr
 from torch import Tensor
 
 from adapterzoo.base import WeightShape
-from adapterzoo.errors import SpecError, did_you_mean
+from adapterzoo.errors import PieceError, SpecError, did_you_mean
 from adapterzoo.factored import FactoredWeight
 from adapterzoo.rules import StepRule
 from adapterzoo.site import LAYER_TYPES as LAYER_TYPES
@@ -281,7 +281,16 @@ def misfit(spec: Piece, shape: WeightShape, layer_type: str | None = None) -> st
     for piece in layers_of(spec):
         if found is not None and found not in piece.layers:
             return f"{type(piece).__name__} sits on {' and '.join(sorted(piece.layers))} layers, and this is {found}"
-    return next(filter(None, (piece.misfit(shape) for piece in layers_of(spec))), None)
+        problem = piece.misfit(shape)
+        if problem is not None and not isinstance(problem, str):
+            kind = type(piece)
+            raise PieceError(
+                f"{kind.__name__}.misfit (of {kind.__module__}) returned {problem!r}; it should say in words what does "
+                "not fit, or return None"
+            )
+        if problem:
+            return problem
+    return None
 
 
 def _literal(value: object) -> str:

@@ -70,6 +70,11 @@ class Site:
         return 1 if self.one_hot else self.in_features
 
     @property
+    def device(self) -> torch.device:
+        """Where the layer lives."""
+        return self.base.device
+
+    @property
     def layer_type(self) -> str:
         """One of `LAYER_TYPES`."""
         return "embedding" if self.one_hot else "convolution" if self.shape.kernel else "linear"

@@ -238,7 +238,7 @@ def piece_that(name, kind=Generator, **methods):
             piece_that("Columns", Wrapper, condition=lambda self, w, p, site: w.calibrate_base(site.ones(7)))(
                 LoRA(r=2)
             ),
-            r"Columns \(of test_specs\) on this layer made a row gain \[7\]; need \[5\] or \[1\]",
+            r"Columns \(of test_specs\).condition on this layer: a gain of rows has the shape \[7\]; need \[5\]",
         ),
         (
             piece_that("Dense", Wrapper, condition=lambda self, w, p, site: site.dense_update(w.dense_update()))(

@@ -87,6 +87,8 @@ class CheckFunction:
                 yield case
         if not found and subject.spec is not None:
             raise SpecError(f"{subject.name} fits none of the small layers that {self.name} tries")
+        if not found and not self.applies(what):
+            raise SpecError(f"{self.name} has nothing to check on {subject.name}")
         if not found:
             raise NoExampleError(subject.name, "no options that were tried fit any small layer")
 
@@ -112,13 +114,25 @@ class CheckFunction:
         except CheckFailedError as failure:
             raise CheckFailedError(self._sentence(who, case, str(failure))) from None
         except Exception as error:
-            raise CheckFailedError(self._sentence(who, case, f"{type(error).__name__}: {error}")) from error
+            problem = f"{type(error).__name__}: {error}{_unlimited(case)}"
+            raise CheckFailedError(self._sentence(who, case, problem)) from error
 
     def _sentence(self, who: str, case: Case, problem: str) -> str:
         return f"{who} fails {self.name}: {problem}\n    {self.name}({case!r})"
 
     def __repr__(self) -> str:
         return self.name
+
+
+def _unlimited(case: Case) -> str:
+    """What may be behind an error: numbers below one in options that declare no limit."""
+    odd = [
+        f"{name}={value} of {type(piece).__name__}"
+        for piece in layers_of(case.piece)
+        for name, field in type(piece).model_fields.items()
+        if type(value := getattr(piece, name)) is int and value < 1 and not field.metadata
+    ]
+    return f" ({', '.join(odd)} was drawn: if that is no valid value, declare its limit, Field(ge=1))" if odd else ""
 
 
 def rounds(draws: int | None) -> int:

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Self
 
 import torch
@@ -247,7 +248,14 @@ class Attachment:
         stepped = {name for name, p in own.items() if id(p) in self._grads or (self._blank and p.grad is not None)}
         started = {name: p for name, p in own.items() if name in stepped or p in self.optimizer.state}
         memory = {name: self.optimizer.state[p] for name, p in started.items()}
-        return Member(layer.name, part.spec, part.values(), known(self._grads), known(self._penalty_grads), memory)
+        return Member(
+            layer.name,
+            part.spec,
+            MappingProxyType(part.values()),
+            known(self._grads),
+            known(self._penalty_grads),
+            memory,
+        )
 
     def _is_prepared(self) -> bool:
         """Whether gradients are as they were left: in a step inside of a step, and when a failed one is tried again."""

@@ -7,7 +7,7 @@ from adapterzoo.layer import AdaptedLinear
 from adapterzoo.testing.case import NAME, Case
 from adapterzoo.testing.check import by_itself, check
 from adapterzoo.testing.comparing import TOLERANCES, differs, same_bits, size
-from adapterzoo.testing.failure import require
+from adapterzoo.testing.failure import CheckFailedError, require
 
 
 @check(by_itself)
@@ -17,7 +17,9 @@ def check_devices(case: Case) -> None:
     state = {name: value.clone() for name, value in base.state_dict().items()}
     layer = AdaptedLinear(base.to("meta"), case.piece, seed=case.seed, name=NAME)
     for name, value in layer.adapter.state_dict().items():
-        require(value.is_meta, f"{name} of {case.piece} is made on {value.device} for a weight on the meta device")
+        where = f"{name} of {case.piece} is made on {value.device} for a weight on the meta device"
+        require(value.is_meta, f"{where}: make it by site.zeros or a draw, or on site.device")
+    _check_weight_on_meta(case, layer)
     holder = nn.Sequential(layer).to_empty(device="cpu")
     holder.load_state_dict({f"0.{name}": value for name, value in state.items()}, strict=False)
     layer.reset()
@@ -26,6 +28,18 @@ def check_devices(case: Case) -> None:
         same_bits(found, value, f"{name} of {case.piece} starts at other values when it comes from the meta device")
     if torch.cuda.is_available():
         _check_cuda(case)
+
+
+def _check_weight_on_meta(case: Case, layer: AdaptedLinear) -> None:
+    """What `update` makes itself has to lie where the layer does. (Products with W don't run on the meta device.)"""
+    try:
+        weight = layer.adapter.generator.weight(layer.site())
+    except RuntimeError as error:
+        raise CheckFailedError(
+            f"{case.piece} mixes devices for a weight on the meta device: make tensors on site.device ({error})"
+        ) from error
+    for what, value in (("δ", weight.delta), ("U", weight.U), ("D", weight.remainder)):
+        require(value is None or value.is_meta, f"{case.piece} makes {what} elsewhere than on site.device")
 
 
 def _check_cuda(case: Case) -> None:
