@@ -254,6 +254,52 @@ def test_what_breaks_the_contract_says_whose_fault_it_is(piece, message):
         AdaptedLinear(nn.Linear(7, 5), piece)(torch.randn(2, 7))
 
 
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"optional": "A"}, "`optional` is 'A'; it should be a frozenset of names"),
+        ({"layers": "linear"}, "`layers` is 'linear'; it should be a frozenset of names"),
+        ({"layers": frozenset({"conv"})}, r"`layers` is \['conv'\]; it should be some of \['convolution', 'embedding'"),
+        ({"shared": frozenset({"A"})}, "`shared` names 'A', which trains"),
+        ({"rank_axes": {"Q": 0}}, r"`rank_axes` names \['Q'\], which `roles` does not declare"),
+        ({"roles": {"A.x": Role.CORE}}, "the parameter name 'A.x' is no plain name"),
+        ({"roles": {"inner": Role.CORE}}, "the parameter name 'inner' belongs to every module"),
+        (
+            {"__annotations__": {"dims": list}, "dims": [1]},
+            "the default of 'dims' can be changed, and a spec is frozen",
+        ),
+    ],
+    ids=str,
+)
+def test_odd_declarations_are_refused_at_registration(body, message):
+    with pytest.raises(PieceError, match="Odd can't be registered: .*" + message):
+        register(piece_that("Odd", **body))
+    assert "Odd" not in pieces()
+
+
+@pytest.mark.parametrize(
+    ("methods", "message"),
+    [
+        ({"misfit": lambda self, shape: False}, r"Odd.misfit \(of test_specs\) returned False; it should say in words"),
+        (
+            {"update": lambda self, p, site: site.low_rank(p.A.mul_(2), site.zeros(2, 7))},
+            "is not pure: update writes into its parameter 'A'",
+        ),
+        (
+            {"update": lambda self, p, site: site.low_rank(torch.randn(5, 2), site.zeros(2, 7))},
+            "is not pure: update returned something else the second time",
+        ),
+        ({"init": lambda self, site: {"A": torch.randn(5, 2)}}, "is not pure: init made another 'A' the second time"),
+        ({"init": lambda self, site: {"A": torch.zeros(())}}, "made A a tensor without dimensions; make a scalar"),
+    ],
+    ids=["misfit", "in place", "random", "random start", "no dimensions"],
+)
+def test_what_is_not_pure_or_odd_is_told_at_the_first_layer(methods, message):
+    usable = {"update": lambda self, p, site: site.low_rank(p.A, site.zeros(2, 7))}
+    with pytest.raises(PieceError, match=message):
+        AdaptedLinear(nn.Linear(7, 5), piece_that("Odd", **{**usable, **methods})())
+
+
 def test_an_unregistered_piece_is_not_written():
     piece = piece_that("Unregistered")()
     with pytest.raises(SpecError, match="Unregistered is not registered, so nothing could read it back"):
