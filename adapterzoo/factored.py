@@ -288,7 +288,7 @@ class FactoredWeight:
         if self.turns or self.remainder is not None or (self.structured and not self._is_one_structure()):
             return row_norms_sq(self.dense_update())
         if self.structured:
-            return self.structured[0].row_norms_sq()
+            return self.structured[0].update.row_norms_sq()  # any gain of its rows comes with a δ
         gain = None if self.delta is None else wide(self.delta)
         return self._row_squares(self.base.row_norms_sq(), gain)
 

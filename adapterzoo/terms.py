@@ -273,8 +273,3 @@ class Structured:
         """diag(gain) S: [out, in]."""
         matrix = self.update.dense()
         return matrix if self.gain is None else matrix * self.gain[:, None]
-
-    def row_norms_sq(self) -> Tensor:
-        """The squares of its rows: [out], in float64."""
-        squares = self.update.row_norms_sq()
-        return squares if self.gain is None else squares * wide(self.gain).square()
