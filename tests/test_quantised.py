@@ -332,6 +332,15 @@ def test_row_norms_of_adapted_weights_are_good_to_a_ten_thousandth(kind, dtype, 
         assert norm_error(base, W, strength) <= 1e-4 / 20, (kind, strength)
 
 
+@every_library
+@pytest.mark.parametrize("elements", [64, 2**20])
+def test_column_norms_are_summed_over_blocks_of_rows(kind, elements, monkeypatch):
+    monkeypatch.setattr(quantised_base, "_BLOCK", elements)
+    layer = quantised(kind)
+    squares = read(layer).square().sum(dim=0)
+    torch.testing.assert_close(base_of(layer).column_norms_sq(), squares, rtol=1e-6, atol=1e-9)
+
+
 @pytest.mark.parametrize("kind", ["nf4", "8-bit"])
 def test_the_librarys_kernels_would_miss_that_bound(kind):
     layer = quantised(kind, 256, 96).eval()
