@@ -111,6 +111,21 @@ def test_from_the_meta_device():
     assert own["0.B"] is shared(living)["0.B"]
 
 
+def test_blank_values_off_the_meta_device_are_never_those_of_a_living_model(monkeypatch):
+    living = adapted()
+    state = {
+        name: torch.zeros_like(value) if name[-1] in "AB" else value for name, value in living.state_dict().items()
+    }
+    living.load_state_dict(state)
+    with torch.device("meta"):
+        model = net()
+    az.adapt(model, VeRA(r=5))
+    monkeypatch.setattr(torch, "empty_like", lambda value, **options: torch.zeros_like(value, **options))
+    model.to_empty(device="cpu")
+    assert all(value.isnan().all() for value in shared(model).values())
+    assert not any(value.any() for value in shared(living).values())
+
+
 def test_nothing_is_kept_alive():
     pool = Pool()
     kept = pool.one(torch.arange(3.0))

@@ -12,6 +12,7 @@ DEEP = [
     "OFT(MAP(ColumnDoRA(PreDiag(BoRA(LoRA(r=1))))), block_size=2)",
     "SORA(MAP(ColumnDoRA(LoKr(r=1))), rank=1)",
     "SORA(DoRA(LoKr(r=1)), rank=1)",
+    "BoRA(LoRA(r=1, alpha=3), detach_norm=False)",
     "BoRA(MAP(ColumnDoRA(PiSSA(r=1))), detach_norm=False)",
     "MAP(ColumnDoRA(PreDiag(OFT(Full(), block_size=2))))",
     "DoRA(OFT(OFT(LoRA(r=2), block_size=1), block_size=2))",
