@@ -151,7 +151,8 @@ class FactoredWeight:
     def turn(self, change: InputMap) -> "FactoredWeight":
         """W' R, R a map of the inputs: V ← V R, D ← D R, and a turn beside every base term.
 
-        Structured updates become dense.
+        Structured updates become dense. A turn with the base's own gain and others never stand together: a `mix` of
+        two gains gives each its own, and the turn that is added here takes what the others leave of 1 + δ.
         """
         gains = [turn.gain for turn in self.turns if turn.gain is not None]
         turns = [Turn(turn.map.then(change), turn.gain) for turn in self.turns]
