@@ -240,6 +240,12 @@ def test_a_grid_without_the_bare_generator_says_what_it_can_not_tell():
     assert "no bare generator" in plan(Outline.of(alone)).warnings()[0]
 
 
+def test_cells_that_adapt_fewer_layers_are_named_before_anything_runs():
+    grid = {"task": {"name": "digits"}, "grid": {"spec": ["LoRA(r=2)", "OFT(LoRA(r=2))"], "seed": {"count": 3}}}
+    told = "fewer layers than the others, since some do not fit: OFT(LoRA(r=2)) (12 of 13)"
+    assert told in plan(Outline.of(grid)).warnings()
+
+
 def test_nothing_runs_when_a_cell_can_not_work():
     with pytest.raises(GridError, match="1 of 2 cells can't work, and nothing was run"):
         plan(Outline.of({**GRID, "grid": {"spec": ["LoRA(r=2)", "FLoRA(r=50)"]}}))

@@ -45,7 +45,17 @@ class Plan:
         )
 
     def warnings(self) -> list[str]:
-        """What the statistics will not be able to say, before a minute is spent."""
+        """What the results will not be able to say, before a minute is spent."""
+        return self._unlike_cells() + self._too_few_pairs()
+
+    def _unlike_cells(self) -> list[str]:
+        """Cells that adapt fewer layers, since their composition does not fit some: they compare unlike with unlike."""
+        layers = {record.cell: record.size["layers"] for record in self.records if record.size["layers"]}
+        most = max(layers.values(), default=0)
+        fewer = [f"{cell} ({number} of {most})" for cell, number in layers.items() if number < most]
+        return [f"fewer layers than the others, since some do not fit: {', '.join(fewer)}"] if fewer else []
+
+    def _too_few_pairs(self) -> list[str]:
         wrappers = {record.wrapper for record in self.records if not record.reference}
         seeds = len(self.outline.seeds)
         if wrappers == {BARE}:
